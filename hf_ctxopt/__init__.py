@@ -1,0 +1,75 @@
+"""hf_ctxopt: KV caches that make a Hugging Face model's context fit the GPU it runs on.
+
+Importing the package registers its cache names with transformers; `unregister()` takes them away. Everything else is
+loaded when it is first used, so the import itself is cheap.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+from .errors import (
+    CacheFullError,
+    CompatibilityError,
+    ConfigError,
+    CorruptFileError,
+    CtxoptError,
+    IntegrityError,
+    InterruptedStepError,
+    UnsupportedModelError,
+)
+from .integration.register import register, unregister
+
+if TYPE_CHECKING:
+    from .caches import PagedCache, SinkCache
+    from .integration.build import make_cache
+    from .integration.patch import patch_model, patched, unpatch_model
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CacheFullError",
+    "CompatibilityError",
+    "ConfigError",
+    "CorruptFileError",
+    "CtxoptError",
+    "IntegrityError",
+    "InterruptedStepError",
+    "PagedCache",
+    "SinkCache",
+    "UnsupportedModelError",
+    "__version__",
+    "make_cache",
+    "patch_model",
+    "patched",
+    "register",
+    "unpatch_model",
+    "unregister",
+]
+
+_LAZY = {
+    "PagedCache": ".caches",
+    "SinkCache": ".caches",
+    "make_cache": ".integration.build",
+    "patch_model": ".integration.patch",
+    "patched": ".integration.patch",
+    "unpatch_model": ".integration.patch",
+    "testing": ".testing",
+}
+
+logging.getLogger(__name__).addHandler(logging.NullHandler())
+register()
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    module = import_module(_LAZY[name], __name__)
+    return module if name == "testing" else getattr(module, name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

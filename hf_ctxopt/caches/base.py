@@ -1,0 +1,178 @@
+"""What all page caches share: layer groups from the model's own layer types, and the figures they report."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar
+
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+
+from ..errors import UnsupportedModelError
+from ..kernels.rotate import RotaryFacts
+from ..pages.budget import Budget
+from ..pages.group import LayerGroup
+from ..pages.integrity import check
+from ..policies.sink_window import SinkWindow
+from .context import CacheContext, debugging
+from .layer import PageLayer
+from .options import PageOptions
+from .positions import PositionLedger
+
+
+class PageCache(DynamicCache, ABC):
+    """A cache whose attention layers live in pages. Subclasses say what each layer keeps.
+
+    Layers that are neither full nor sliding-window attention (linear attention, shared-KV dummies …) keep the
+    layer that transformers gives them.
+
+    Args:
+        config: the model's config.
+        options: the cache's options.
+        rotary: layer index → rotary facts, for layers whose keys are rotated.
+        pads: left-padding columns of each row.
+        expected: text length the rows are expected to reach, if known.
+        before_eviction: called before the first eviction; raises if the model does not allow it.
+        span: positions after which a new position era begins (see `positions.py`).
+
+    Raises:
+        UnsupportedModelError: the model has no attention layer that pages can hold.
+    """
+
+    name: ClassVar[str]
+    options_type: ClassVar[type[PageOptions]] = PageOptions
+
+    def __init__(
+        self,
+        config: Any,
+        options: PageOptions,
+        *,
+        rotary: Mapping[int, RotaryFacts] | None = None,
+        pads: Sequence[int] | None = None,
+        expected: int | None = None,
+        before_eviction: Callable[[], None] | None = None,
+        span: int | None = None,
+    ) -> None:
+        decoder = config.get_text_config(decoder=True)
+        self.options = options
+        self.context = CacheContext(decoder, PositionLedger(span))
+        self.guard: object | None = None  # keeps the model's position hook alive as long as the cache
+        stock = DynamicCache(config=decoder).layers
+        windows = {i: window_of(layer) for i, layer in enumerate(stock) if type(layer) in _PAGED}
+        if not windows:
+            raise UnsupportedModelError(f"{type(config).__name__} has no attention layer that {self.name} can hold")
+        policies: dict[SinkWindow, list[int]] = {}
+        for index, window in windows.items():
+            policies.setdefault(self.policy(window, None not in windows.values()), []).append(index)
+        budget = Budget(options.budget)
+        self.groups = [
+            LayerGroup(layers, policy, options.page_size, budget, pads, expected,
+                       before_eviction if self.evicts(policy) else None)
+            for policy, layers in policies.items()
+        ]  # fmt: skip
+        layers = list(stock)
+        for group in self.groups:
+            for index in group.layers:
+                facts = (rotary or {}).get(index)
+                window = windows[index]
+                own = window is not None and group.policy == SinkWindow(window=window)
+                layers[index] = PageLayer(group, index, self.context, facts, window is not None, own)
+        Cache.__init__(self, layers=layers)
+
+    @abstractmethod
+    def policy(self, model_window: int | None, all_sliding: bool) -> SinkWindow:
+        """What a layer keeps.
+
+        Args:
+            model_window: the sliding window the model itself gives the layer; `None` for full attention.
+            all_sliding: whether every layer of the model has one.
+        """
+
+    def evicts(self, policy: SinkWindow) -> bool:
+        """Whether a group drops tokens that the model itself would still attend to."""
+        return False
+
+    # ---- figures
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of K/V storage really held, each storage counted once."""
+        return sum(group.nbytes for group in self.groups)
+
+    def stats(self) -> dict[str, Any]:
+        """What the cache holds and how it was read, as plain JSON values."""
+        groups = [_group_stats(group) for group in self.groups]
+        largest = max(groups, key=lambda group: int(group["tokens_held"]))
+        return {
+            "cache": self.name,
+            "tokens_seen": self.get_seq_length(),
+            "tokens_held": largest["tokens_held"],
+            "tokens_evicted": max(group["tokens_evicted"] for group in groups),
+            "bytes_held": self.nbytes,
+            "bytes_used": sum(group["bytes_used"] for group in groups),
+            "pages": {key: sum(group["pages"][key] for group in groups) for key in ("total", "used", "shared")},
+            "steps": {route: self.context.steps[route] for route in ("fused", "dense")},
+            "fallbacks": dict(self.context.fallbacks),
+            "groups": groups,
+        }
+
+    # ---- care
+
+    def check_integrity(self) -> None:
+        """Walk every table and recompute every counter.
+
+        Raises:
+            IntegrityError: a violation was found and `CTXOPT_DEBUG=1`; otherwise it is logged and repaired.
+        """
+        for group in self.groups:
+            check(group, strict=debugging())
+
+    def settle(self) -> None:
+        """Take back a forward pass that stopped between two layers (an exception, an interrupt), if there was one.
+
+        Raises:
+            InterruptedStepError: it had evicted tokens it would have to bring back; `reset()` and feed the text again.
+        """
+        seen = min(group.settle() for group in self.groups)
+        for group in self.groups:
+            if group.seen > seen:
+                group.crop(group.seen - seen)
+        self.context.ledger.crop(seen)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take the last `-tokens_to_remove` tokens back, in all layers or, if that is impossible, in none.
+
+        Raises:
+            ConfigError: a positive number, or a token the shorter text needs was evicted.
+        """
+        count = int(tokens_to_remove)  # transformers 5.17 passes a tensor
+        for group in self.groups:
+            group.check_crop(-count)
+        super().crop(count)
+
+    def __repr__(self) -> str:
+        held = ", ".join(f"{len(g.layers)} layers: {g.policy}" for g in self.groups)
+        return f"{type(self).__name__}(seen={self.get_seq_length()}, nbytes={self.nbytes}, {held})"
+
+
+_PAGED = (DynamicLayer, DynamicSlidingWindowLayer)
+
+
+def window_of(layer: Any) -> int | None:
+    """The sliding window of one of transformers' own dynamic layers; `None` for full attention."""
+    return int(layer.sliding_window) if type(layer) is DynamicSlidingWindowLayer else None
+
+
+def _group_stats(group: LayerGroup) -> dict[str, Any]:
+    pool = group.pool
+    held = group.held()
+    return {
+        "layers": list(group.layers),
+        "sinks": group.policy.sinks,
+        "window": group.policy.most_held,
+        "tokens_held": held,
+        "tokens_evicted": sum(row.length for row in group.rows) - held,
+        "bytes_held": group.nbytes,
+        "bytes_used": pool.used * group.page_bytes if group.storages else 0,
+        "pages": {"total": pool.capacity, "used": pool.used, "shared": pool.shared},
+    }

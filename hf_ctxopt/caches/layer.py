@@ -1,0 +1,165 @@
+"""One model layer's view of the pages, as transformers' cache contract wants it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import CacheLayerMixin
+
+from ..errors import ConfigError
+from ..kernels.rotate import RotaryFacts
+from ..pages.group import LayerGroup
+from ..pages.integrity import check
+from .context import CacheContext, debugging
+from .handle import KVHandle
+from .view import StepView
+
+
+class PageLayer(CacheLayerMixin):
+    """A layer whose keys and values live in the pages of a group.
+
+    Changes of whole rows (beams, crops, resets) come once per layer from transformers and are carried out by the
+    group's first layer.
+
+    Args:
+        group: the layer group.
+        index: the layer's index in the model.
+        context: shared by all layers of the cache.
+        facts: how the model rotates this layer's keys; `None` if it does not, or nothing is evicted.
+        is_sliding: whether the model itself gives this layer a sliding window.
+        own_window: whether that window is all that is kept, so that the model's mask already tells what is visible.
+    """
+
+    is_compileable = False
+    supports_early_init = False
+
+    def __init__(
+        self, group: LayerGroup, index: int, context: CacheContext, facts: RotaryFacts | None,
+        is_sliding: bool, own_window: bool = False,
+    ) -> None:  # fmt: skip
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.group, self.index, self.context = group, index, context
+        self.facts, self.is_sliding, self.own_window = facts, is_sliding, own_window
+
+    @property
+    def _leads(self) -> bool:
+        return self.index == self.group.layers[0]
+
+    @property
+    def is_croppable(self) -> bool:  # type: ignore[override]
+        """Whether any number of tokens can be taken back: only where nothing is ever evicted."""
+        return self.group.policy.most_held is None
+
+    @property
+    def record_past(self) -> bool:
+        """Whether the next steps must stay revocable (assisted decoding)."""
+        return self.group.recording
+
+    @record_past.setter
+    def record_past(self, value: bool) -> None:
+        self.group.recording = value
+
+    def activate_past_recording(self) -> None:
+        """Keep every token of the coming steps until the step after them."""
+        self.group.recording = True
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Storage is made by the first `update`; there is nothing to prepare."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        """Store the step's states and return what attention reads.
+
+        Args:
+            key_states: `(batch, kv_heads, seq, key_dim)`, rotated.
+            value_states: `(batch, kv_heads, seq, value_dim)`.
+
+        Returns:
+            Two `KVHandle` on the fused route, else two tensors `(batch, kv_heads, held + seq, head_dim)`.
+
+        Raises:
+            CacheFullError: the budget has no room.
+            UnsupportedModelError: tokens would have to be evicted and the model does not allow it.
+            InterruptedStepError: an earlier forward pass stopped between two layers.
+        """
+        group = self.group
+        if group.progress[self.index] == group.seen:
+            self.context.ledger.confirm(group.seen)
+            if debugging():
+                check(group, strict=True)
+        plan = group.step(self.index, key_states, value_states)
+        storage = group.storages[self.index]
+        view = StepView(
+            plan, storage, key_states, value_states, group.policy, self.context.ledger, self.facts,
+            model_window=self.own_window,
+        )  # fmt: skip
+        if not plan.in_place:
+            view.old = [[(stretch, *storage.read(stretch, copy=True)) for stretch in row.before] for row in plan.rows]
+        storage.copy_pages(plan.copies)
+        keys, values = key_states.detach(), value_states.detach()
+        for write in plan.writes:
+            part = slice(write.column, write.column + write.length)
+            storage.write(keys[write.row, :, part], values[write.row, :, part], write.slot)
+        group.finish(self.index)
+        self.is_initialized = True
+        fused = self.context.fused
+        if self.index == 0 or self._leads:
+            self.context.steps["fused" if fused else "dense"] += self._leads
+        if fused:
+            return KVHandle(view, self.context, values=False), KVHandle(view, self.context, values=True)
+        return view.dense()
+
+    def get_seq_length(self) -> int:
+        """Columns of text seen, left padding included."""
+        return self.group.progress[self.index]
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """`(held + query_length, seen - held)`: the columns the dense route presents and the first one's label."""
+        held = self.group.dense_length() if self.group.rows else 0
+        return held + query_length, self.group.seen - held
+
+    def get_max_length(self) -> int:
+        """-1: any number of tokens may be seen."""
+        return -1
+
+    def reset(self) -> None:
+        """Forget everything and give the memory back."""
+        self.is_initialized = False
+        if self._leads:
+            self.group.reset()
+            self.context.ledger.crop(0)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take the last `-tokens_to_remove` tokens back.
+
+        Raises:
+            ConfigError: a positive number, or a token the shorter text needs was evicted.
+        """
+        tokens_to_remove = int(tokens_to_remove)
+        if tokens_to_remove > 0:
+            raise ConfigError("tokens_to_remove", tokens_to_remove, "0 or a negative number of tokens")
+        if self._leads and tokens_to_remove:
+            self.group.crop(-tokens_to_remove)
+            self.context.ledger.crop(self.group.seen)
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        """Row `i` becomes a copy of row `beam_idx[i]`; pages are shared until one of them is written."""
+        self.batch_select_indices(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Every row `repeats` times, side by side."""
+        if self._leads and self.group.rows:
+            self.group.select([row for row in range(len(self.group.rows)) for _ in range(repeats)])
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep the named rows, in that order."""
+        if self._leads and self.group.rows:
+            rows = torch.arange(len(self.group.rows))[indices.cpu()]
+            self.group.select(rows.tolist())
+
+    def offload(self) -> None:
+        """Pages stay where they are; transformers' own offloading is not used by these caches."""
+
+    def prefetch(self) -> None:
+        """See `offload`."""

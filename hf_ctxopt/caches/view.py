@@ -1,0 +1,275 @@
+"""One layer's keys and values during one step, as attention reads them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ..kernels.attention import Segment, attend
+from ..kernels.rotate import RotaryFacts, rotation, turn
+from ..pages.group import Retention
+from ..pages.plan import RowStep, StepPlan
+from ..pages.rows import Stretch
+from ..pages.storage import LayerStorage
+from .positions import PositionLedger
+
+
+class Mask(Protocol):
+    """A mask that can be asked about single positions (see `integration/mask.py`)."""
+
+    @property
+    def plain(self) -> bool:
+        """Whether it is causal attention over everything but left padding."""
+
+    def at(self, row: int, queries: Tensor, keys: Tensor, labels: Tensor) -> Tensor | None:
+        """Bool `(queries, keys)`; `None` if everything is visible."""
+
+
+@dataclass
+class StepView:
+    """What attention needs to know of one layer in one step.
+
+    Args:
+        plan: the step.
+        storage: the layer's pages.
+        keys: the step's new key states, `(batch, kv_heads, queries, key_dim)`.
+        values: its new value states, `(batch, kv_heads, queries, value_dim)`.
+        policy: the group's policy.
+        ledger: position eras.
+        facts: how the model rotates; `None` where keys carry no rotation.
+        model_window: the model's own mask says all there is to say about this layer's window.
+        old: per row, copies of the tokens held before, for a step that is not in place.
+    """
+
+    plan: StepPlan
+    storage: LayerStorage
+    keys: Tensor
+    values: Tensor
+    policy: Retention
+    ledger: PositionLedger
+    facts: RotaryFacts | None
+    model_window: bool = False
+    old: list[list[tuple[Stretch, Tensor, Tensor]]] | None = None
+
+    @property
+    def length(self) -> int:
+        """Columns of the dense K/V."""
+        return self.plan.dense_before + self.plan.queries
+
+    def gap(self, row: RowStep, token: int) -> int:
+        """Tokens missing between the sinks and the first other token that the query at `token` sees."""
+        return max(0, max(row.lower, self.policy.horizon(token)) - self.policy.sinks)
+
+    # ---- fused route
+
+    def attend(
+        self, query: Tensor, mask: Mask | None, scaling: float, softcap: float | None, sink_logits: Tensor | None
+    ) -> Tensor:
+        """Attention read from pages.
+
+        Args:
+            query: `(batch, heads, queries, key_dim)`.
+            mask: the model's mask, asked lazily; `None` for plain causal attention.
+            scaling: factor on the scores.
+            softcap: see `kernels.attention.attend`.
+            sink_logits: `(heads,)` or `None`.
+
+        Returns:
+            `(batch, heads, queries, value_dim)`; zeros in padding columns.
+        """
+        rows = []
+        for index, row in enumerate(self.plan.rows):
+            count = row.stop - row.start
+            own = query[index, :, query.shape[2] - count :]
+            if count == 0:
+                out = own.new_zeros(own.shape[0], 0, self.values.shape[-1])
+            else:
+                segments, tokens = self._segments(index, row, own)
+                plain = mask is None or mask.plain
+                causal = plain and row.start == 0 and len(segments) == 1 and self.policy.horizon(row.stop - 1) == 0
+                visible = partial(self._visible, index, row, tokens, mask)
+                out = attend(own, segments, visible, scaling, softcap, sink_logits, causal)
+            pad = query.shape[2] - count
+            rows.append(torch.nn.functional.pad(out, (0, 0, pad, 0)) if pad else out)
+        return rows[0][None] if len(rows) == 1 else torch.stack(rows)
+
+    def _segments(self, index: int, row: RowStep, query: Tensor) -> tuple[list[Segment], list[range]]:
+        """The row's segments with the queries turned for each, and the tokens of each."""
+        pieces = [] if self.old is None else list(self.old[index])
+        if self.old is None and row.start:
+            pieces = [(stretch, *self.storage.read(stretch)) for stretch in row.after]
+        else:
+            first = self.plan.queries - (row.stop - row.start)
+            new = Stretch(-1, row.start, row.stop - row.start)
+            pieces.append((new, self.keys[index, :, first:], self.values[index, :, first:]))
+        turned: dict[tuple[int, bool], Tensor | None] = {}
+        segments: list[Segment] = []
+        tokens: list[range] = []
+        for stretch, keys, values in pieces:
+            for token, length, base, sink in self._cut(row, stretch):
+                if (base, sink) not in turned:
+                    turned[base, sink] = self._turn(row, query, base, sink)
+                at = token - stretch.token
+                part = slice(at, at + length)
+                segments.append(Segment(keys[:, part], values[:, part], token, turned[base, sink]))
+                tokens.append(range(token, token + length))
+        return segments, tokens
+
+    def _cut(self, row: RowStep, stretch: Stretch) -> list[tuple[int, int, int, bool]]:
+        """Cut a stretch at eras and behind the sinks: `(token, length, base, needs the sink shift)`."""
+        sinks = self.policy.sinks if self.facts is not None and self.gap(row, row.stop - 1) else 0
+        found = []
+        for label, length, base in self.ledger.split(stretch.token + row.pad, stretch.length):
+            token = label - row.pad
+            inside = min(max(0, sinks - token), length)
+            if inside:
+                found.append((token, inside, base, True))
+            if inside < length:
+                found.append((token + inside, length - inside, base, False))
+        return found
+
+    def shifts(self, row: RowStep, stretch: Stretch) -> list[tuple[int, int, int]]:
+        """Positions to turn a stretch's keys by, for the step's first query: `(token, length, shift)` each."""
+        gap = self.gap(row, row.start)
+        cut = self._cut(row, stretch)
+        return [(token, n, base - self.ledger.base + gap * sink) for token, n, base, sink in cut]
+
+    def _turn(self, row: RowStep, query: Tensor, base: int, sink: bool) -> Tensor | None:
+        """The queries as they must be to meet keys of an era and, for sinks, over the gap; `None` if as they are."""
+        drift = base - self.ledger.base
+        if self.facts is None or (drift == 0 and not sink):
+            return None
+        # Layers that share their frequencies share the rotation; it is computed once a step.
+        memo, key = self.plan.memo, ("rotation", self.facts.inv_freq, row.start, row.stop, row.lower, base, sink)
+        if key not in memo:
+            tokens = range(row.start, row.stop)
+            delta = [-(drift + (self.gap(row, token) if sink else 0)) for token in tokens]
+            memo[key] = rotation(torch.tensor(delta, device=query.device), self.facts, query.device)
+        cos, sin = memo[key]
+        return turn(query, cos, sin, self.facts)
+
+    def _visible(
+        self, index: int, row: RowStep, tokens: list[range], mask: Mask | None, start: int, stop: int
+    ) -> Tensor | None:
+        if stop - start < self.plan.queries:
+            return self._look(index, row, tokens, mask, start, stop)  # one block of a long chunk: too large to keep
+        memo, key = self.plan.memo, ("visible", index, id(mask))
+        if key not in memo:
+            memo[key] = self._look(index, row, tokens, mask, start, stop)
+        found: Tensor | None = memo[key]
+        return found
+
+    def _look(
+        self, index: int, row: RowStep, tokens: list[range], mask: Mask | None, start: int, stop: int
+    ) -> Tensor | None:
+        """Which keys the row's queries `[start, stop)` see, bool `(queries, keys)`; `None` for all."""
+        device, sinks = self.keys.device, self.policy.sinks
+        single = self.plan.queries == 1 and self.old is None
+        if single and (mask is None or mask.plain):
+            return None  # a one-token step holds exactly what its query may see
+        query = torch.arange(row.start + start, row.start + stop, device=device)[:, None]
+        key = torch.cat([torch.arange(part.start, part.stop, device=device) for part in tokens])[None]
+        gaps = [self.gap(row, token) for token in range(row.start + start, row.start + stop)]
+        gap = torch.tensor(gaps, device=device)[:, None]
+        seen = None
+        if not single and not self.model_window:
+            seen = (key < sinks) | (key >= gap + sinks) | (gap == 0)
+        if mask is None or mask.plain:
+            kept = (key >= gap) & (key <= query) if seen is None else seen & (key <= query)
+            return None if single else kept
+        shifted = key + torch.where(key < sinks, gap, 0) + row.pad
+        asked = mask.at(index, query + row.pad, shifted, key + row.pad)
+        return asked if seen is None else seen if asked is None else seen & asked
+
+    # ---- dense route
+
+    def dense(self) -> tuple[Tensor, Tensor]:
+        """K and V as stock attention wants them, `(batch, kv_heads, length, head_dim)`, rows right-aligned."""
+        if self.plan.dense_before == 0:
+            return self.keys, self.values
+        layout = self.plan.memo.get("dense")
+        if layout is None:
+            layout = self.plan.memo["dense"] = DenseLayout.of(self)
+        if self.old is not None:
+            keys, values = self._old_dense(self.keys, 1), self._old_dense(self.values, 2)
+            keys = torch.cat([layout.turn(keys, self.facts), self.keys], dim=2)
+            return keys, torch.cat([values, self.values], dim=2)
+        if layout.single is not None:
+            keys, values = (part[None] for part in self.storage.read(layout.single))
+        else:
+            keys, values = self.storage.gather(layout.slots_on(self.keys.device))
+        return layout.turn(keys, self.facts), values
+
+    def _old_dense(self, like: Tensor, which: int) -> Tensor:
+        """The copies of a step that is not in place, right-aligned, `(batch, kv_heads, dense_before, head_dim)`."""
+        joined = like.new_zeros(*like.shape[:2], self.plan.dense_before, like.shape[-1])
+        for index, pieces in enumerate(self.old or []):
+            column = self.plan.dense_before - sum(piece[0].length for piece in pieces)
+            for piece in pieces:
+                part: Tensor = piece[which]  # type: ignore[assignment]
+                joined[index, :, column : column + part.shape[1]] = part
+                column += part.shape[1]
+        return joined
+
+
+@dataclass
+class DenseLayout:
+    """Where dense columns come from; made once per step and group.
+
+    Args:
+        single: the one stretch that is all of it (batch 1, neighbouring pages): read as a view.
+        slots: `(batch, columns)` pool slots; padding columns read slot 0, which every mask hides.
+        delta: `(batch, stop - start)` positions to turn the keys of columns `[start, stop)` by.
+        rotations: the rotations by `delta`, one for each set of frequencies.
+    """
+
+    single: Stretch | None
+    slots: Tensor
+    delta: Tensor
+    start: int
+    stop: int
+    rotations: dict[Callable[[], Tensor], tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, view: StepView) -> DenseLayout:
+        """The layout of a step's old and (in place) new tokens."""
+        plan = view.plan
+        in_place = view.old is None
+        rows = [row.after if in_place else row.before for row in plan.rows]
+        columns = view.length if in_place else plan.dense_before
+        slots = torch.zeros(len(rows), columns, dtype=torch.long)
+        delta = torch.zeros(len(rows), columns, dtype=torch.long)
+        for index, (row, stretches) in enumerate(zip(plan.rows, rows, strict=True)):
+            column = columns - sum(stretch.length for stretch in stretches)
+            for stretch in stretches:
+                stop = stretch.slot + stretch.length
+                slots[index, column : column + stretch.length] = torch.arange(stretch.slot, stop)
+                for token, length, shift in view.shifts(row, stretch):
+                    at = column + token - stretch.token
+                    delta[index, at : at + length] = shift
+                column += stretch.length
+        moved = delta.any(0).nonzero()
+        start, stop = (int(moved[0]), int(moved[-1]) + 1) if len(moved) else (0, 0)
+        whole = len(rows) == 1 and len(rows[0]) == 1 and rows[0][0].length == columns
+        return cls(rows[0][0] if whole else None, slots, delta[:, start:stop], start, stop)
+
+    def slots_on(self, device: torch.device) -> Tensor:
+        """`slots` on a device; kept there, as the group's other layers ask again."""
+        if self.slots.device != device:
+            self.slots = self.slots.to(device)
+        return self.slots
+
+    def turn(self, keys: Tensor, facts: RotaryFacts | None) -> Tensor:
+        """`keys` with the columns that need it turned, from the originals, in one shot."""
+        if facts is None or self.start == self.stop:
+            return keys
+        if facts.inv_freq not in self.rotations:
+            delta = self.delta.to(keys.device)[:, None]
+            self.rotations[facts.inv_freq] = rotation(delta, facts, keys.device)
+        turned = turn(keys[:, :, self.start : self.stop], *self.rotations[facts.inv_freq], facts)
+        return torch.cat([keys[:, :, : self.start], turned, keys[:, :, self.stop :]], dim=2)

@@ -1,0 +1,65 @@
+"""The typer application: names the commands and turns the package's errors into one clean line."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import typer
+from typer.core import TyperGroup
+
+from hf_ctxopt.cli import bench, chat, console, env, run
+from hf_ctxopt.errors import CtxoptError
+
+EXIT_USAGE = 2
+"""Exit code of every error that the user can mend: a bad option, a missing file, a full cache."""
+
+
+class _Commands(TyperGroup):
+    """The command group; errors a user can mend are shown without a traceback."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except CtxoptError as error:
+            raise _exit(str(error)) from None
+        except RuntimeError as error:
+            if not _is_out_of_memory(error):
+                raise
+            hint = "use ctx_sink with a smaller --window, or a smaller --budget, --context or --dtype"
+            raise _exit(f"out of GPU memory; {hint}") from None
+
+
+def _exit(message: str) -> typer.Exit:
+    """Prints the error line and returns the exit to raise."""
+    console.error(message)
+    return typer.Exit(EXIT_USAGE)
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether torch ran out of device memory; asked without importing torch, which may not be needed."""
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(error, torch.OutOfMemoryError)
+
+
+app = typer.Typer(
+    name="ctxopt",
+    cls=_Commands,
+    help="Run Hugging Face models with paged and streaming KV caches.",
+    no_args_is_help=True,
+    pretty_exceptions_show_locals=False,
+)
+app.command(name="run")(run.run)
+app.command(name="chat")(chat.chat)
+app.command(name="bench")(bench.bench)
+app.command(name="env")(env.env)
+
+
+@app.callback()
+def _root() -> None:
+    """Makes `ctxopt` a group of commands even while typer could take a single one for the whole."""
+
+
+def main() -> None:
+    """Entry point of the `ctxopt` script."""
+    app()

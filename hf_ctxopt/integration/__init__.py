@@ -1,0 +1,1 @@
+"""The only rooms that know transformers' internals: names, hooks, masks, rotary modules, patches."""

@@ -1,0 +1,170 @@
+"""Making a cache for a model: options, layer types, rotary facts and padding come together here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import transformers.cache_utils
+from torch import Tensor, nn
+from transformers.cache_utils import Cache
+from transformers.modeling_utils import PreTrainedModel
+
+from ..caches import CACHES
+from ..caches.base import PageCache
+from ..caches.options import PageOptions, SinkOptions
+from ..errors import ConfigError, UnsupportedModelError
+from .compat import check_caches
+from .positions import PositionGuard
+from .rope import PositionFacts, decoder_of, position_facts, takes_positions
+
+_LENGTH_SCALED = ("dynamic", "longrope")
+_ERA = 32768  # positions of an era: float32 angles stay exact to 2e-3 rad, and few steps see two eras
+
+
+def make_cache(model: nn.Module, name: str, *, attention_mask: Tensor | None = None, **options: Any) -> PageCache:
+    """A cache for manual loops, or for `generate(past_key_values=...)`.
+
+    Args:
+        model: a transformers model.
+        name: `"ctx_paged"` or `"ctx_sink"`.
+        attention_mask: `(batch, seq)` of a left-padded batch; tells each row's first real token.
+        **options: the cache's options (`page_size`, `budget`, `window`, `sinks` …).
+
+    Raises:
+        ConfigError: an unknown name or option, or a value out of range.
+        UnsupportedModelError: the model has no attention layer that pages can hold.
+    """
+    parsed, inner = parse_options(name, options), unwrap(model)
+    if not isinstance(inner, PreTrainedModel):
+        raise UnsupportedModelError(f"{type(inner).__name__} is not a transformers model")
+    return build_cache(inner, name, parsed, padding_of(attention_mask))
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The transformers model inside a PEFT wrapper; other models as they are."""
+    getter = getattr(model, "get_base_model", None)
+    inner = getter() if callable(getter) else model
+    return inner if isinstance(inner, nn.Module) else model
+
+
+def parse_options(name: str, options: Any) -> PageOptions:
+    """Validated options of the named cache.
+
+    Raises:
+        ConfigError: see `make_cache`.
+    """
+    if name not in CACHES:
+        raise ConfigError("cache", name, f"one of {', '.join(CACHES)}")
+    return CACHES[name].options_type.parse(options)
+
+
+def padding_of(attention_mask: Tensor | None) -> list[int] | None:
+    """Left-padding columns of each row of a `(batch, seq)` mask; `None` where nothing is known.
+
+    Raises:
+        ConfigError: the mask is not two-dimensional.
+    """
+    if attention_mask is None:
+        return None
+    shape = tuple(attention_mask.shape) if isinstance(attention_mask, Tensor) else attention_mask
+    if not isinstance(shape, tuple) or len(shape) != 2:
+        raise ConfigError("attention_mask", shape, "a tensor of shape (batch, seq)")
+    return [int(n) for n in (attention_mask.long().cumsum(-1) == 0).sum(-1).tolist()]
+
+
+def build_cache(
+    model: nn.Module,
+    name: str,
+    options: PageOptions,
+    pads: Sequence[int] | None = None,
+    expected: int | None = None,
+) -> PageCache:
+    """A cache from validated options.
+
+    Args:
+        model: the transformers model itself, not a wrapper.
+        name: a key of `CACHES`.
+        options: of the cache's own options type.
+        pads: left-padding columns per row.
+        expected: text length the call is expected to reach at most; `None` if unknown.
+
+    Raises:
+        UnsupportedModelError: the call would evict tokens and the model does not allow that.
+    """
+    check_caches(transformers.cache_utils)
+    config: Any = model.config
+    if not isinstance(options, SinkOptions):
+        return CACHES[name](config, options, pads=pads, expected=expected)
+    facts = position_facts(model)
+    text = config.get_text_config(decoder=True)
+    cache = CACHES[name](
+        config, options, rotary=facts.rotary, pads=pads, expected=expected,
+        before_eviction=_refuse(facts), span=_span(text, options) if facts.rotary else None,
+    )  # fmt: skip
+    if any(group.before_eviction for group in cache.groups):
+        _check_length(facts, options, expected)
+        _check_padding(text, options, pads)
+        decoder = decoder_of(model)
+        if facts.rotary and takes_positions(decoder):
+            cache.guard = PositionGuard(decoder)
+    return cache
+
+
+def attention_cache(cache: Cache | None) -> PageCache | None:
+    """Our cache inside what a model was given, if it is one of ours."""
+    inner = getattr(cache, "self_attention_cache", cache)
+    return inner if isinstance(inner, PageCache) else None
+
+
+def _refuse(facts: PositionFacts) -> Callable[[], None]:
+    def before_eviction() -> None:
+        if facts.refusal is not None:
+            raise UnsupportedModelError(
+                f"ctx_sink cannot evict here: {facts.refusal}; use ctx_paged, or a window that holds the whole text"
+            )
+
+    return before_eviction
+
+
+def _check_length(facts: PositionFacts, options: SinkOptions, expected: int | None) -> None:
+    """What can be known before the first token about the text's whole length."""
+    if expected is None:
+        return
+    if expected > options.sinks + options.window:
+        _refuse(facts)()
+    if facts.table is not None and expected > facts.table:
+        raise UnsupportedModelError(
+            f"the text may reach {expected} tokens and the model has learned {facts.table} positions; "
+            "a cache cannot add more: lower max_new_tokens or shorten the prompt"
+        )
+
+
+def _check_padding(text: Any, options: SinkOptions, pads: Sequence[int] | None) -> None:
+    fused = getattr(text, "_attn_implementation", None) == "ctxopt"
+    if options.n_discard is not None and not fused and pads is not None and len(set(pads)) > 1:
+        raise ConfigError(
+            "n_discard", options.n_discard, "None for rows of unequal padding, unless patch_model() is used: stock "
+            "attention masks cannot describe rows that shift at different times",
+        )  # fmt: skip
+
+
+def _span(text: Any, options: SinkOptions) -> int | None:
+    """Positions of an era. Rotary types that rescale with length must never see their trained length exceeded."""
+    size = options.sinks + options.window
+    span = max(_ERA, 2 * size)
+    limits = [limit for kind, limit in _rope_limits(text) if kind in _LENGTH_SCALED]
+    if not limits:
+        return span
+    return min(span, *limits) if size < min(limits) else None
+
+
+def _rope_limits(text: Any) -> list[tuple[str, int]]:
+    given = getattr(text, "rope_parameters", None) or {}
+    sets = [given] if "rope_type" in given else [part for part in given.values() if isinstance(part, dict)]
+    trained = int(getattr(text, "max_position_embeddings", 0) or 0)
+    found = []
+    for part in sets:
+        limit = int(part.get("original_max_position_embeddings") or trained)
+        found.append((str(part.get("rope_type", "default")), limit))
+    return [(kind, limit) for kind, limit in found if limit > 0]

@@ -1,0 +1,123 @@
+"""Our part of `generate`: making the cache that its configuration, or the model's patch, names."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+from transformers.cache_utils import DynamicCache, EncoderDecoderCache
+
+from ..caches import CACHES
+from ..caches.options import PageOptions, SinkOptions
+from ..errors import UnsupportedModelError
+from .build import attention_cache, build_cache, padding_of, parse_options
+from .record import record_of
+
+Prepare = Callable[..., Any]
+_MOST_PREFILL = 1024  # tokens of a prefill chunk: larger ones gain no speed and only cost activations
+
+
+def wrap_prepare_cache(original: Prepare) -> Prepare:
+    """`GenerationMixin._prepare_cache_for_generation`, with our names understood.
+
+    It keeps no state. For everything that is not ours it calls `original` untouched.
+    """
+
+    @functools.wraps(original)
+    def prepare_cache(
+        self: Any, generation_config: Any, model_kwargs: dict[str, Any], generation_mode: Any, batch_size: int,
+        max_cache_length: int,
+    ) -> Any:  # fmt: skip
+        arguments = (generation_config, model_kwargs, generation_mode, batch_size, max_cache_length)
+        given = model_kwargs.get("past_key_values")
+        named = generation_config.cache_implementation in CACHES
+        if named and (generation_config.is_assistant or given is not None):
+            # Assistants get a plain cache (upstream hands them the main model's name and then refuses it), and a cache
+            # that is passed wins over the name saved in a configuration. The config is this call's own copy.
+            generation_config.cache_implementation = None
+        if given is not None:
+            _continue(self, given, generation_config, model_kwargs)
+            return original(self, *arguments)
+        chosen = None if generation_config.is_assistant else _chosen(self, generation_config)
+        if chosen is None or generation_config.use_cache is False:
+            return original(self, *arguments)
+        model_kwargs["past_key_values"] = _new(self, *chosen, model_kwargs, generation_config, max_cache_length + 1)
+        return None
+
+    return prepare_cache
+
+
+def _chosen(model: Any, generation_config: Any) -> tuple[str, PageOptions] | None:
+    """Cache name and options for this call; `None` if it is not for us."""
+    name = generation_config.cache_implementation
+    if name in CACHES:
+        return name, parse_options(name, generation_config.cache_config)
+    record = record_of(model)
+    if name is None and record is not None:
+        return record.cache, record.options
+    return None
+
+
+def _new(
+    model: Any, name: str, options: PageOptions, model_kwargs: dict[str, Any], generation_config: Any, expected: int
+) -> Any:
+    if not model._supports_default_dynamic_cache():
+        raise UnsupportedModelError(f"{type(model).__name__} brings its own kind of cache; {name} cannot replace it")
+    encoder_decoder = model.config.is_encoder_decoder
+    mask = model_kwargs.get("decoder_attention_mask" if encoder_decoder else "attention_mask")
+    cache = build_cache(model, name, options, padding_of(mask), expected)
+    if encoder_decoder:
+        return EncoderDecoderCache(cache, DynamicCache(config=model.config.get_text_config(decoder=True)))
+    if _only_text(model_kwargs):
+        _chunk(generation_config, options, cache.context.ledger.span, _prompt_length(mask, generation_config))
+    return cache
+
+
+def _continue(model: Any, given: Any, generation_config: Any, model_kwargs: dict[str, Any]) -> None:
+    """A cache from an earlier call comes back: undo what an interrupted or an assisted call left behind."""
+    cache = attention_cache(given)
+    if cache is None:
+        return
+    cache.settle()
+    for group in cache.groups:
+        group.recording = False
+        group.expected = None
+    text = not model.config.is_encoder_decoder and _only_text(model_kwargs)
+    if text and _slices_chunks(cache.get_seq_length()):
+        total = _prompt_length(model_kwargs.get("attention_mask"), generation_config)
+        new = None if total is None else total - cache.get_seq_length()
+        _chunk(generation_config, cache.options, cache.context.ledger.span, new)
+
+
+_TEXT_INPUTS = ("attention_mask", "position_ids", "token_type_ids", "cache_position")
+
+
+def _only_text(model_kwargs: dict[str, Any]) -> bool:
+    """Whether the prompt is token ids alone: transformers splits nothing else into chunks."""
+    return not any(isinstance(value, Tensor) and name not in _TEXT_INPUTS for name, value in model_kwargs.items())
+
+
+def _slices_chunks(seen: int) -> bool:
+    """Whether chunked prefill feeds only the new tokens; transformers 5.17 feeds all of them again."""
+    import transformers
+
+    version = tuple(int(part) for part in transformers.__version__.split(".")[:2])
+    return seen == 0 or version >= (5, 23)
+
+
+def _prompt_length(mask: Tensor | None, generation_config: Any) -> int | None:
+    if mask is not None:
+        return int(mask.shape[-1])
+    length = getattr(generation_config, "_mask_length", None)  # set where an all-ones mask was dropped
+    return length if isinstance(length, int) and length > 0 else None
+
+
+def _chunk(generation_config: Any, options: PageOptions, span: int | None, prompt: int | None) -> None:
+    """Prefill in chunks where the prompt is longer than what the cache will hold: it bounds peak memory."""
+    if not isinstance(options, SinkOptions) or prompt is None or prompt <= options.sinks + options.window:
+        return
+    if generation_config.prefill_chunk_size is None:
+        sizes = [options.window, _MOST_PREFILL] + ([] if span is None else [max(1, span // 2)])
+        generation_config.prefill_chunk_size = max(1, min(sizes))

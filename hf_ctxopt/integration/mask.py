@@ -1,0 +1,100 @@
+"""A mask that is not built until somebody asks about a position.
+
+transformers' mask functions take the mask as a function of (batch, head, query index, key index). `LazyMask`
+keeps the function and its arguments: the fused route asks only about the positions the cache holds; anything
+else gets the dense mask.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.masking_utils import causal_mask_function, eager_mask, sdpa_mask
+
+
+class LazyMask:
+    """What `create_causal_mask` and its like return for models on the fused route.
+
+    Args:
+        **arguments: those of `transformers.masking_utils.sdpa_mask`.
+    """
+
+    ndim = 4  # to code that tells masks by their number of dimensions
+
+    def __init__(self, **arguments: Any) -> None:
+        self.arguments = arguments
+        self._plain: bool | None = None
+        self._full: Tensor | None = None
+
+    @property
+    def plain(self) -> bool:
+        """Whether it is causal attention over everything but left padding, which pages never hold."""
+        if self._plain is None:
+            self._plain = self.arguments.get("mask_function") is causal_mask_function and self._left_padded()
+        return self._plain
+
+    def _left_padded(self) -> bool:
+        padding: Tensor | None = self.arguments.get("attention_mask")
+        return padding is None or bool((padding[:, 1:] >= padding[:, :-1]).all())
+
+    def at(self, row: int, queries: Tensor, keys: Tensor, labels: Tensor) -> Tensor | None:
+        """Ask about single positions.
+
+        Args:
+            row: batch row.
+            queries: `(queries, 1)`, columns of the queries in the text.
+            keys: `(queries, keys)` or `(1, keys)`, the columns at which each query meets the keys.
+            labels: `(1, keys)`, the keys' own columns, which padding is looked up by.
+
+        Returns:
+            Bool `(queries, keys)`; `None` if everything is visible.
+        """
+        if self.arguments.get("use_vmap"):
+            seen = self._all_columns(int(max(queries.max(), keys.max())) + 1)[row, 0]
+            seen = seen[queries - int(self.arguments["q_offset"]), keys]
+        else:
+            batch = torch.full((1, 1, 1, 1), row, device=queries.device)
+            function: Callable[..., Tensor] = self.arguments["mask_function"]
+            seen = function(batch, torch.zeros_like(batch), queries[None, None], keys[None, None])[0, 0]
+            seen = seen.expand(queries.shape[0], labels.shape[1])
+        padding: Tensor | None = self.arguments.get("attention_mask")
+        if padding is not None:
+            inside = labels < padding.shape[1]
+            seen = seen & inside & padding[row, labels.clamp(max=padding.shape[1] - 1)].bool()
+        return None if bool(seen.all()) else seen
+
+    def _all_columns(self, columns: int) -> Tensor:
+        """The whole dense mask without padding, for functions that only work through vmap."""
+        if self._full is None:
+            whole = {**self.arguments, "kv_length": columns, "kv_offset": 0, "attention_mask": None}
+            self._full = sdpa_mask(**{**whole, "allow_is_causal_skip": False, "allow_is_bidirectional_skip": False})
+        if self._full is None:
+            raise RuntimeError("sdpa_mask returned no mask although skipping was not allowed")
+        return self._full
+
+    def dense(self, eager: bool, dtype: torch.dtype) -> Tensor | None:
+        """The mask as stock attention wants it: bool (or `None`) for sdpa, additive in `dtype` for eager."""
+        if eager:
+            return eager_mask(**{**self.arguments, "dtype": dtype})
+        mask: Tensor | None = sdpa_mask(**self.arguments)
+        return mask
+
+    # accelerate moves every argument of a hooked module; compiled paths ask for contiguity
+    def to(self, *args: Any, **kwargs: Any) -> LazyMask:
+        """Itself: nothing is built yet."""
+        return self
+
+    def contiguous(self) -> LazyMask:
+        """Itself: nothing is built yet."""
+        return self
+
+
+def lazy_mask(**arguments: Any) -> LazyMask:
+    """The mask function registered for the fused route."""
+    made = arguments.get("attention_mask")
+    if isinstance(made, LazyMask):  # generate() has asked for the mask before the forward pass (static caches)
+        return made
+    return LazyMask(**arguments)

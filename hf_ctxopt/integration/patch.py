@@ -1,0 +1,111 @@
+"""`patch_model` and its undo."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+from torch import nn
+from transformers.modeling_utils import PreTrainedModel
+
+from ..caches.context import ATTENTION
+from ..errors import UnsupportedModelError
+from .build import parse_options, unwrap
+from .record import ATTRIBUTE, PatchRecord, record_of
+from .register import register
+
+logger = logging.getLogger(__name__)
+_Model = TypeVar("_Model", bound=nn.Module)
+
+
+def patch_model(model: _Model, cache: str = "ctx_paged", **options: Any) -> _Model:
+    """Make `generate` use one of our caches by default, and attention read its pages.
+
+    A second patch replaces the first. Nothing is changed if an argument is bad.
+
+    Args:
+        model: a transformers model that can generate, or a PEFT model around one.
+        cache: name of the default cache.
+        **options: the cache's options.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ConfigError: an unknown cache or option, or a value out of range.
+        UnsupportedModelError: not a transformers model that generates.
+    """
+    parsed = parse_options(cache, options)
+    inner = unwrap(model)
+    if not isinstance(inner, PreTrainedModel) or not inner.can_generate():
+        raise UnsupportedModelError(f"{type(inner).__name__} is not a transformers model with generate()")
+    unpatch_model(model)
+    register()
+    record = PatchRecord(cache, parsed, fused=_can_fuse(inner))
+    if record.fused:
+        record.attention = [(config, config._attn_implementation_internal) for config in _configs(inner)]
+        inner.set_attn_implementation(ATTENTION)
+    setattr(inner, ATTRIBUTE, record)
+    return model
+
+
+def unpatch_model(model: _Model) -> _Model:
+    """Undo `patch_model`. A model that is not patched stays as it is.
+
+    Returns:
+        The same model.
+    """
+    inner = unwrap(model)
+    record = record_of(inner)
+    if record is not None:
+        for config, implementation in record.attention:
+            config._attn_implementation_internal = implementation
+        delattr(inner, ATTRIBUTE)
+    return model
+
+
+@contextmanager
+def patched(model: _Model, cache: str = "ctx_paged", **options: Any) -> Iterator[_Model]:
+    """`patch_model` for the length of a `with` block; an earlier patch comes back afterwards."""
+    before = record_of(unwrap(model))
+    patch_model(model, cache, **options)
+    try:
+        yield model
+    finally:
+        unpatch_model(model)
+        if before is not None:
+            _restore(model, before)
+
+
+def _restore(model: nn.Module, record: PatchRecord) -> None:
+    inner: Any = unwrap(model)
+    if record.fused:
+        inner.set_attn_implementation(ATTENTION)
+    setattr(inner, ATTRIBUTE, record)
+
+
+def _can_fuse(model: PreTrainedModel) -> bool:
+    """Whether attention goes through transformers' interface; otherwise the caches serve dense K/V."""
+    if model.config.is_encoder_decoder or not type(model)._can_set_attn_implementation():
+        logger.warning(
+            "%s: attention keeps its own implementation (%s); the cache serves dense keys and values",
+            type(model).__name__,
+            "encoder-decoder" if model.config.is_encoder_decoder else "it does not use AttentionInterface",
+        )
+        return False
+    return True
+
+
+def _configs(model: PreTrainedModel) -> list[Any]:
+    """Every config that `set_attn_implementation` may write to, each once."""
+    found: dict[int, Any] = {}
+    waiting: list[Any] = [part.config for part in model.modules() if isinstance(part, PreTrainedModel)]
+    while waiting:
+        config = waiting.pop()
+        if config is None or id(config) in found:
+            continue
+        found[id(config)] = config
+        waiting.extend(getattr(config, key, None) for key in config.sub_configs)
+    return list(found.values())

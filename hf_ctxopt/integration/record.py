@@ -1,0 +1,33 @@
+"""What `patch_model` changed on a model, kept on the model itself: it is copied, moved and dropped with it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..caches.options import PageOptions
+
+ATTRIBUTE = "_ctxopt_patch"
+
+
+@dataclass
+class PatchRecord:
+    """Every change of one patch.
+
+    Args:
+        cache: name of the cache that `generate` uses by default.
+        options: its validated options.
+        fused: whether attention was switched to the fused route.
+        attention: each config whose attention implementation was switched, and what it was.
+    """
+
+    cache: str
+    options: PageOptions
+    fused: bool
+    attention: list[tuple[Any, str | None]] = field(default_factory=list)
+
+
+def record_of(model: Any) -> PatchRecord | None:
+    """The model's patch, if it has one."""
+    record = vars(model).get(ATTRIBUTE)
+    return record if isinstance(record, PatchRecord) else None

@@ -1,0 +1,1 @@
+"""Tensor functions on pages. Pure: they know shapes, not caches or models."""

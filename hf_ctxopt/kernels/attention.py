@@ -1,0 +1,147 @@
+"""Attention of one sequence over stretches of keys and values: the torch reference.
+
+Keys and values are read where they lie, one view per stretch; they are never joined into one tensor. Scores
+and sums are float32. A GPU kernel that replaces this takes the same arguments and must give the same numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+QUERY_BLOCK = 256  # bounds the float32 scores of a long prefill to (heads, 256, keys)
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Neighbouring tokens of one sequence.
+
+    Args:
+        keys: `(kv_heads, tokens, key_dim)`.
+        values: `(kv_heads, tokens, value_dim)`.
+        token: index of the first token in its sequence.
+        query: the queries this segment's keys are compared with, `(heads, queries, key_dim)`, where they must be
+            rotated for it; `None` for the step's own queries.
+    """
+
+    keys: Tensor
+    values: Tensor
+    token: int
+    query: Tensor | None = None
+
+
+# visible(first query, one past the last) -> bool (queries, keys), or None if every query sees every key
+Visible = Callable[[int, int], Tensor | None]
+
+
+def attend(
+    query: Tensor,
+    segments: list[Segment],
+    visible: Visible,
+    scaling: float,
+    softcap: float | None = None,
+    sink_logits: Tensor | None = None,
+    causal: bool = False,
+) -> Tensor:
+    """Softmax attention over all segments.
+
+    Args:
+        query: `(heads, queries, key_dim)`, `heads` a multiple of `kv_heads`.
+        segments: at least one; their tokens side by side are the keys.
+        visible: which keys a block of queries sees, over the segments' tokens side by side.
+        scaling: factor on the scores.
+        softcap: Gemma 2's `softcap * tanh(score / softcap)`, applied before the mask.
+        sink_logits: `(heads,)`, an extra logit per head that takes part in the softmax and carries no value (GPT-OSS).
+        causal: the keys are the queries' own tokens and query `i` sees keys `0..i`; `visible` is not asked.
+
+    Returns:
+        `(heads, queries, value_dim)` in the query's dtype. A query that sees nothing gives zeros.
+    """
+    if softcap is None and sink_logits is None and len(segments) == 1 and segments[0].query is None:
+        return _fused(query, segments[0], visible, scaling, causal)
+    blocks = []
+    for start in range(0, query.shape[1], QUERY_BLOCK):
+        stop = min(start + QUERY_BLOCK, query.shape[1])
+        scores = _scores(query, segments, start, stop, scaling)
+        if softcap is not None:
+            scores = torch.tanh(scores / softcap) * softcap
+        blocks.append(_mix(scores, visible(start, stop), segments, sink_logits).to(query.dtype))
+    return blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=1)
+
+
+def _fused(query: Tensor, segment: Segment, visible: Visible, scaling: float, causal: bool) -> Tensor:
+    """One segment and nothing special: torch's own fused attention on the views, no scores kept."""
+    heads, queries, _ = query.shape
+    groups = heads // segment.keys.shape[0]
+    keys, values = segment.keys[None], segment.values[None]
+    if queries == 1:
+        # Query heads that share keys become queries of one head: no repeated keys, on any backend.
+        packed = query.view(segment.keys.shape[0], groups, -1)
+        mask = visible(0, 1)
+        seen = None if mask is None else mask.expand(groups, -1)
+        out = functional.scaled_dot_product_attention(packed[None], keys, values, attn_mask=seen, scale=scaling)
+        return _blank(out[0].reshape(heads, 1, -1), mask)
+    if causal:
+        return functional.scaled_dot_product_attention(
+            query[None], keys, values, is_causal=True, scale=scaling, enable_gqa=groups > 1
+        )[0]
+    blocks = []
+    for start in range(0, queries, QUERY_BLOCK):
+        part = query[None, :, start : start + QUERY_BLOCK]
+        mask = visible(start, start + part.shape[2])
+        out = functional.scaled_dot_product_attention(
+            part, keys, values, attn_mask=mask, scale=scaling, enable_gqa=groups > 1
+        )
+        blocks.append(_blank(out[0], mask))
+    return blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=1)
+
+
+def _blank(out: Tensor, mask: Tensor | None) -> Tensor:
+    """Zeros (not NaN) where a query sees nothing."""
+    return out if mask is None else out.masked_fill(~mask.any(-1)[None, :, None], 0)
+
+
+def _scores(query: Tensor, segments: list[Segment], start: int, stop: int, scaling: float) -> Tensor:
+    """Float32 scores of queries `[start, stop)` over all segments, `(heads, queries, keys)`."""
+    keys = sum(part.keys.shape[1] for part in segments)
+    scores = torch.empty(query.shape[0], stop - start, keys, dtype=torch.float32, device=query.device)
+    place = 0
+    for part in segments:
+        source = (query if part.query is None else part.query)[:, start:stop].to(torch.float32) * scaling
+        packed = source.reshape(part.keys.shape[0], -1, source.shape[-1])
+        product = packed @ part.keys.to(torch.float32).transpose(1, 2)
+        scores[..., place : place + part.keys.shape[1]] = product.view(*source.shape[:2], -1)
+        place += part.keys.shape[1]
+    return scores
+
+
+def _mix(scores: Tensor, mask: Tensor | None, segments: list[Segment], sink_logits: Tensor | None) -> Tensor:
+    """Softmax over the keys and the weighted sum of the values, `(heads, queries, value_dim)` in float32.
+
+    `scores` is overwritten unless autograd needs it: at long prefills it is the largest tensor there is.
+    """
+    recycle = not scores.requires_grad
+    if mask is not None:
+        hidden = ~mask
+        scores = scores.masked_fill_(hidden, -torch.inf) if recycle else scores.masked_fill(hidden, -torch.inf)
+    peak = scores.amax(-1, keepdim=True)
+    if sink_logits is not None:
+        peak = torch.maximum(peak, sink_logits.to(torch.float32)[:, None, None])
+    peak = peak.clamp_min(torch.finfo(torch.float32).min)  # a query that sees nothing has a peak of -inf
+    weights = scores.sub_(peak).exp_() if recycle else (scores - peak).exp()
+    total = weights.sum(-1, keepdim=True)
+    if sink_logits is not None:
+        total = total + (sink_logits.to(torch.float32)[:, None, None] - peak).exp()
+    heads, queries, _ = scores.shape
+    result = weights.new_zeros(heads, queries, segments[0].values.shape[-1])
+    place = 0
+    for part in segments:
+        share = weights[..., place : place + part.keys.shape[1]]
+        packed = share.reshape(part.values.shape[0], -1, part.keys.shape[1])
+        result += (packed @ part.values.to(torch.float32)).view(heads, queries, -1)
+        place += part.keys.shape[1]
+    return result / total.clamp_min(torch.finfo(torch.float32).tiny)

@@ -1,0 +1,1 @@
+"""Pages: allocation, storage and tables. Own the bytes; know nothing of models or transformers."""

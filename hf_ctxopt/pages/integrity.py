@@ -1,0 +1,40 @@
+"""Checking a layer group's accounts against its page table, by walking the table and counting again."""
+
+from __future__ import annotations
+
+import logging
+
+from ..errors import IntegrityError
+from .group import LayerGroup
+
+logger = logging.getLogger(__name__)
+
+
+def violations(group: LayerGroup) -> list[str]:
+    """Everything in which counters, table and storages disagree; empty when all is well."""
+    found = group.pool.violations(group.holders())
+    for index, row in enumerate(group.rows):
+        listed = [logical for logical, _ in row.pages()]
+        wanted = [page for pages in group.wanted_pages(row.length, row.lower) for page in pages]
+        if listed != wanted:
+            found.append(f"row {index} lists logical pages {listed} for tokens [{row.lower}, {row.length})")
+        if row.length != max(0, group.seen - row.pad):
+            found.append(f"row {index} has {row.length} tokens, {max(0, group.seen - row.pad)} were seen")
+    small = [layer for layer, storage in group.storages.items() if storage.capacity < group.pool.capacity]
+    if small:
+        found.append(f"storages of layers {small} are smaller than the pool")
+    return found
+
+
+def check(group: LayerGroup, strict: bool) -> None:
+    """Verify the accounts; on a violation raise (`strict`), or log it and rebuild the counts from the table.
+
+    Raises:
+        IntegrityError: there is a violation and `strict` is set.
+    """
+    found = violations(group)
+    if found and strict:
+        raise IntegrityError("; ".join(found))
+    if found:
+        logger.error("page accounts were wrong and have been rebuilt: %s", "; ".join(found))
+        group.pool.rebuild(group.holders())

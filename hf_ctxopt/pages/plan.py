@@ -1,0 +1,62 @@
+"""What one forward step does to the pages of a layer group. Every layer of the group carries out the same plan."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from .rows import Stretch
+
+
+@dataclass(frozen=True)
+class Write:
+    """Copy `length` new tokens of batch row `row`, from column `column` on, to token slot `slot` of the pool."""
+
+    row: int
+    column: int
+    slot: int
+    length: int
+
+
+@dataclass(frozen=True)
+class RowStep:
+    """One row's part in a step, in the row's own token indices.
+
+    Args:
+        pad: left-padding columns of the row (label = token + pad).
+        start: tokens seen before the step.
+        stop: tokens seen after it.
+        lower: oldest non-sink token that was held when the step began.
+        before: tokens held when the step began, in text order.
+        after: all tokens this step's queries may see, where the pages hold them all; otherwise empty.
+    """
+
+    pad: int
+    start: int
+    stop: int
+    lower: int
+    before: list[Stretch]
+    after: list[Stretch]
+
+
+@dataclass
+class StepPlan:
+    """A step of `queries` columns on top of `seen` columns.
+
+    Args:
+        in_place: new tokens are written first and everything is read from pages. Otherwise (a chunk longer than the
+            window) the kept old tokens are read first, and only the new tokens that outlive the step are written.
+        copies: pages to copy before writing, `(source, target)`: copy-on-write.
+        writes: where the new tokens go.
+        memo: what the layers derive from the plan and share (index tensors, masks); gone with the plan.
+        dense_before: columns of old tokens that the dense route presents, right-aligned.
+    """
+
+    seen: int
+    queries: int
+    in_place: bool
+    dense_before: int
+    rows: list[RowStep] = field(default_factory=list)
+    copies: list[tuple[int, int]] = field(default_factory=list)
+    writes: list[Write] = field(default_factory=list)
+    memo: dict[object, Any] = field(default_factory=dict)

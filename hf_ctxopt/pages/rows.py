@@ -1,0 +1,122 @@
+"""The page table's rows: which pages hold which tokens of one sequence.
+
+A row names its tokens by their index in the sequence, 0 being the first real token: left padding is never
+stored. Token `t` lies in logical page `t // page_size`, slot `t % page_size`. Neighbouring logical pages that
+also neighbour in the pool form a `Run`, which storage can read as one stretch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+
+@dataclass
+class Run:
+    """`count` pages from logical page `first` on, lying in the pool from `page` on."""
+
+    first: int
+    page: int
+    count: int
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        """(logical page, pool page) pairs."""
+        return ((self.first + i, self.page + i) for i in range(self.count))
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """`length` tokens from token `token` on, lying in neighbouring slots of the pool from `slot` on."""
+
+    slot: int
+    token: int
+    length: int
+
+
+@dataclass
+class Row:
+    """One sequence of the batch.
+
+    Args:
+        pad: left-padding columns before the row's first token.
+        length: tokens seen.
+        lower: oldest token held besides the first `sinks`; 0 until something was evicted.
+        runs: the pages, in text order.
+    """
+
+    pad: int = 0
+    length: int = 0
+    lower: int = 0
+    runs: list[Run] = field(default_factory=list)
+
+    def pages(self) -> Iterator[tuple[int, int]]:
+        """(logical page, pool page) pairs in text order."""
+        for run in self.runs:
+            yield from run
+
+    def page_of(self, logical: int) -> int | None:
+        """Pool page of a logical page, `None` if it is not held."""
+        for run in reversed(self.runs):
+            if run.first <= logical < run.first + run.count:
+                return run.page + logical - run.first
+        return None
+
+    def add(self, logical: int, page: int) -> None:
+        """Append logical page `logical`, which comes after all held ones."""
+        if self.runs:
+            last = self.runs[-1]
+            if last.first + last.count == logical and last.page + last.count == page:
+                last.count += 1
+                return
+        self.runs.append(Run(logical, page, 1))
+
+    def replace(self, logical: int, page: int) -> int:
+        """Put `page` in place of the held page of `logical`; returns the page it replaces (copy-on-write)."""
+        pairs = list(self.pages())
+        self.runs = []
+        old = -1
+        for number, held in pairs:
+            old = held if number == logical else old
+            self.add(number, page if number == logical else held)
+        return old
+
+    def drop(self, start: int, stop: int) -> list[int]:
+        """Stop holding logical pages `[start, stop)`; returns their pool pages."""
+        gone: list[int] = []
+        kept: list[Run] = []
+        for run in self.runs:
+            end = run.first + run.count
+            low, high = max(run.first, start), min(end, stop)
+            if low >= high:
+                kept.append(run)
+                continue
+            gone.extend(range(run.page + low - run.first, run.page + high - run.first))
+            if run.first < low:
+                kept.append(Run(run.first, run.page, low - run.first))
+            if high < end:
+                kept.append(Run(high, run.page + high - run.first, end - high))
+        self.runs = kept
+        return gone
+
+    def held(self, sinks: int) -> int:
+        """Number of tokens held."""
+        if self.lower == 0:
+            return self.length
+        return min(sinks, self.length) + self.length - self.lower
+
+    def stretches(self, page_size: int, sinks: int, stop: int | None = None) -> list[Stretch]:
+        """The held tokens before `stop` (default: all), in text order."""
+        length = self.length if stop is None else min(stop, self.length)
+        spans = [(0, length)] if self.lower == 0 else [(0, min(sinks, length)), (self.lower, length)]
+        found: list[Stretch] = []
+        for start, end in spans:
+            for run in self.runs:
+                low = max(start, run.first * page_size)
+                high = min(end, (run.first + run.count) * page_size)
+                if low < high:
+                    found.append(Stretch(run.page * page_size + low - run.first * page_size, low, high - low))
+        return found
+
+    def copy(self) -> Row:
+        """An independent row over the same pages (the caller counts the new references)."""
+        return Row(self.pad, self.length, self.lower, [Run(r.first, r.page, r.count) for r in self.runs])
