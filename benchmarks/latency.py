@@ -19,7 +19,7 @@ import torch
 from transformers import DynamicCache
 
 import hf_ctxopt
-from common import arguments, feed, load_smollm2, progress, tiny_llama, twin, verdict, write_results
+from common import CACHE, arguments, feed, load_smollm2, progress, tiny_llama, twin, verdict, write_results
 from measure import new_figure, now, relative_drift, save_figure, theil_sen
 
 BAR = 0.05
@@ -86,7 +86,7 @@ def _steps(model: Any, ids: torch.Tensor, cache: Any, count: int) -> None:
     """Feeds `count` tokens one by one."""
     for position in range(count):
         token = ids[:, position : position + 1]
-        model(token, past_key_values=cache, use_cache=True)
+        model(token, **{CACHE: cache}, use_cache=True)
 
 
 def _curve(marks: list[int], times: dict[tuple[str, int], list[float]], name: str) -> dict[str, Any]:

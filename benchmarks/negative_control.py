@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 import hf_ctxopt
-from common import SMOLLM2, arguments, load_smollm2, progress, real_tokens, verdict, write_results
+from common import CACHE, SMOLLM2, arguments, load_smollm2, progress, real_tokens, verdict, write_results
 from measure import nll
 
 BAR_WITHOUT_SINKS = 1.25
@@ -72,7 +72,7 @@ def _streamed(model: Any, ids: torch.Tensor, *, sinks: int, args: argparse.Names
     parts = []
     for start in progress(range(0, args.tokens, args.chunk), f"{sinks} sinks"):
         end = min(start + args.chunk, args.tokens)
-        logits = model(ids[:, start:end], past_key_values=cache).logits[0]
+        logits = model(ids[:, start:end], **{CACHE: cache}).logits[0]
         parts.append(nll(logits, ids[0, start + 1 : end + 1]))
     return torch.cat(parts)
 

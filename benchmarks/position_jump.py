@@ -15,7 +15,7 @@ import torch
 from transformers import DynamicCache
 
 import hf_ctxopt
-from common import SMOLLM2, arguments, load_smollm2, progress, real_tokens, twin, verdict, write_results
+from common import CACHE, SMOLLM2, arguments, load_smollm2, progress, real_tokens, twin, verdict, write_results
 from hf_ctxopt.testing import skip
 from measure import nll
 
@@ -64,12 +64,12 @@ def _parser() -> argparse.ArgumentParser:
 def _sink(model: Any, ids: torch.Tensor, jump: int, args: argparse.Namespace) -> float:
     """Returns the mean NLL of the text behind the jump, read through `ctx_sink`."""
     cache = hf_ctxopt.make_cache(model, "ctx_sink", window=args.window, sinks=args.sinks)
-    model(ids[:, : args.sinks], past_key_values=cache)
+    model(ids[:, : args.sinks], **{CACHE: cache})
     skip(cache, jump)
     total = torch.zeros(())
     for start in range(args.sinks, ids.shape[1] - 1, args.chunk):
         piece = ids[:, start : min(start + args.chunk, ids.shape[1] - 1)]
-        logits = model(piece, past_key_values=cache).logits[0]
+        logits = model(piece, **{CACHE: cache}).logits[0]
         total += nll(logits, ids[0, start + 1 : start + 1 + piece.shape[1]]).sum()
     return float(total) / (ids.shape[1] - 1 - args.sinks)
 
@@ -81,11 +81,11 @@ def _control(model: Any, ids: torch.Tensor, jump: int, args: argparse.Namespace)
     The text is cut to one window: DynamicCache forgets nothing, and so both see the same tokens.
     """
     cache = DynamicCache(config=model.config)
-    model(ids[:, : args.sinks], past_key_values=cache)
+    model(ids[:, : args.sinks], **{CACHE: cache})
     end = min(args.sinks + args.window, ids.shape[1] - 1)
     text = ids[:, args.sinks : end]
     positions = torch.arange(args.sinks, end)[None] + jump
-    logits = model(text, past_key_values=cache, position_ids=positions).logits[0]
+    logits = model(text, **{CACHE: cache}, position_ids=positions).logits[0]
     return float(nll(logits, ids[0, args.sinks + 1 : end + 1]).mean())
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from common import held_bytes, progress
+from common import CACHE, held_bytes, progress
 from measure import kl_divergence, nll, now
 
 
@@ -41,7 +41,7 @@ class Reader:
 
     def step(self, ids: torch.Tensor) -> torch.Tensor:
         """Feeds ids `(1, seq)` and returns the logits `(seq, vocab)`."""
-        logits: torch.Tensor = self.model(ids, past_key_values=self.cache, use_cache=True).logits[0]
+        logits: torch.Tensor = self.model(ids, **{CACHE: self.cache}, use_cache=True).logits[0]
         return logits
 
     def score(self, logits: torch.Tensor, dense: torch.Tensor, targets: torch.Tensor) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import hf_ctxopt
+from hf_ctxopt.integration.compat import generate_argument
 
 
 def routed(route: str, model: nn.Module, cache: str, **options: Any) -> AbstractContextManager[Any]:
@@ -48,5 +49,5 @@ def feed(
         if mask is not None:
             places = (mask.cumsum(-1) - 1).clamp(min=0)
             more = {"attention_mask": mask[:, :end], "position_ids": places[:, start:end]}
-        logits.append(model(ids[:, start:end], past_key_values=cache, use_cache=True, **more).logits)
+        logits.append(model(ids[:, start:end], use_cache=True, **{generate_argument(): cache}, **more).logits)
     return torch.cat(logits, dim=1)

@@ -24,7 +24,10 @@ import transformers
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 import hf_ctxopt
+from hf_ctxopt.integration.compat import generate_argument
 from tests.families import FAMILIES
+
+CACHE = generate_argument()
 
 ROOM = {"ctx_paged": {}, "ctx_sink": {"window": 256}}
 PAIRS = [("dynamic", False), ("ctx_paged", False), ("ctx_paged", True), ("ctx_sink", False), ("ctx_sink", True)]
@@ -85,17 +88,17 @@ def decode(model: Any, context: int, steps: int) -> dict[str, float]:
             cache = new_cache(model, name)
             for start in range(0, context, 2048):
                 stop = min(start + 2048, context)
-                model(ids[:, start:stop], past_key_values=cache, logits_to_keep=1)
+                model(ids[:, start:stop], **{CACHE: cache}, logits_to_keep=1)
         caches[name, fused] = cache
     times: dict[tuple[str, bool], list[float]] = {pair: [] for pair in PAIRS}
     for step in range(steps):
         for pair in PAIRS:
             with hf_ctxopt.patched(model) if pair[1] else nullcontext():
                 at = context + 2 * step
-                model(ids[:, at : at + 1], past_key_values=caches[pair])  # settles into the route
+                model(ids[:, at : at + 1], **{CACHE: caches[pair]})  # settles into the route
                 torch.cuda.synchronize()
                 start_time = time.perf_counter()
-                model(ids[:, at + 1 : at + 2], past_key_values=caches[pair])
+                model(ids[:, at + 1 : at + 2], **{CACHE: caches[pair]})
                 torch.cuda.synchronize()
                 times[pair].append(time.perf_counter() - start_time)
     names = {pair: pair[0] + ("" if pair[0] == "dynamic" else "/fused" if pair[1] else "/dense") for pair in PAIRS}
@@ -115,11 +118,11 @@ def stream(model: Any, tokens: int) -> list[dict[str, Any]]:
             cache = hf_ctxopt.make_cache(model, "ctx_sink", window=512, sinks=4)
             torch.cuda.reset_peak_memory_stats()
             for seen in range(512, tokens + 1, 512):
-                model(ids, past_key_values=cache, logits_to_keep=1)
+                model(ids, **{CACHE: cache}, logits_to_keep=1)
                 if seen in (1024, 16384, tokens):
                     peak = torch.cuda.max_memory_allocated() - base
                     rows.append({"fused": fused, "seen": seen, "held": cache.nbytes, "peak": peak})
-        finite = model(ids[:, :1], past_key_values=cache).logits.isfinite().all().item() if not fused else True
+        finite = model(ids[:, :1], **{CACHE: cache}).logits.isfinite().all().item() if not fused else True
         rows[-1]["finite"] = finite
     return rows
 

@@ -49,8 +49,8 @@ class PageLayer(CacheLayerMixin):
 
     @property
     def is_croppable(self) -> bool:  # type: ignore[override]
-        """Whether any number of tokens can be taken back: only where nothing is ever evicted."""
-        return self.group.policy.most_held is None
+        """Whether the tokens of coming steps can be taken back: nothing is ever evicted, or not at present."""
+        return self.group.policy.most_held is None or self.group.recording
 
     @property
     def record_past(self) -> bool:

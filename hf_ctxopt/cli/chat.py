@@ -88,16 +88,17 @@ class Talk:
 
         from hf_ctxopt.cli.run import status_line
         from hf_ctxopt.cli.streaming import Echo, Interrupt, figures
+        from hf_ctxopt.integration.compat import cache_in, generate_argument
 
         if not self.conversation.ask(text):
             self.cache = None  # the template rewrote earlier turns: what the cache holds is not the conversation
         ids = torch.tensor([self.conversation.token_ids], device=self.model.device)
-        cache = self.first if self.cache is None else {"past_key_values": self.cache}
+        cache = self.first if self.cache is None else {generate_argument(): self.cache}
         echo, interrupt = Echo(self.tokenizer, console.write), Interrupt()
         inputs = {"inputs": ids, "attention_mask": torch.ones_like(ids), "stopping_criteria": [interrupt]}
         with interrupt.listening():
             output: Any = self.model.generate(**inputs, streamer=echo, **cache, **self.settings)  # type: ignore[operator]
-        self.cache = output.past_key_values
+        self.cache = cache_in(output)
         self.conversation.answer(echo.token_ids)
         console.write("\n")
         console.note(status_line(figures(self.cache), echo.rate))

@@ -18,6 +18,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from hf_ctxopt.cli.probe import PACKAGES, installed
 from hf_ctxopt.cli.streaming import cache_scope, count_tokens, figures
+from hf_ctxopt.integration.compat import cache_in
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -126,7 +127,7 @@ def _run_once(model: PreTrainedModel, ids: torch.Tensor, runs: Runs, new_tokens:
     runs.gaps.append(clock.gaps)
     if not runs.tokens:
         runs.tokens = clock.tokens
-        runs.held = vars(figures(output.past_key_values))
+        runs.held = vars(figures(cache_in(output)))
     if on_gpu:
         runs.peak = max(runs.peak or 0, torch.cuda.max_memory_allocated(model.device))
 

@@ -94,6 +94,7 @@ def generate(
 
     from hf_ctxopt.cli.streaming import Echo, Interrupt, cache_scope, count_tokens, figures
     from hf_ctxopt.cli.turns import encode, first_prompt
+    from hf_ctxopt.integration.compat import cache_in
 
     ids = encode(tokenizer, first_prompt(tokenizer, text), False) if instruct else encode(tokenizer, text, True)
     ids = ids.to(model.device)
@@ -117,7 +118,7 @@ def generate(
         )
     console.write("\n")
     if not quiet:
-        console.note(status_line(figures(output.past_key_values), echo.rate))
+        console.note(status_line(figures(cache_in(output)), echo.rate))
 
 
 def status_line(held: Any, rate: float) -> str:

@@ -55,7 +55,7 @@ def cache_scope(model: PreTrainedModel, choice: CacheChoice) -> Iterator[dict[st
     """Makes the model generate with the chosen cache inside the block.
 
     Yields:
-        the arguments that the first call of `generate` needs; a later call passes `past_key_values` instead.
+        the arguments that the first call of `generate` needs; a later call passes the cache instead.
     """
     if choice.fused:
         with hf_ctxopt.patched(model, cache=choice.name, **choice.options):

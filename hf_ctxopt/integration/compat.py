@@ -6,7 +6,9 @@ a forward pass.
 
 from __future__ import annotations
 
+import functools
 import inspect
+from collections.abc import Callable, Mapping
 from types import ModuleType
 from typing import Any
 
@@ -14,6 +16,7 @@ from ..errors import CompatibilityError
 
 PREPARE_CACHE = "_prepare_cache_for_generation"
 _PREPARE_ARGUMENTS = ("generation_config", "model_kwargs", "generation_mode", "batch_size", "max_cache_length")
+_CACHE_NAMES = ("cache", "past_key_values")  # since transformers 5.24, and before it
 _LAYER_METHODS = ("update", "get_mask_sizes", "get_seq_length", "get_max_length", "reset", "reorder_cache")
 
 
@@ -25,6 +28,27 @@ def _need(found: bool, what: str) -> None:
             f"transformers {transformers.__version__} has changed: {what}. hf_ctxopt supports transformers >=5.17,<6; "
             "please report this with the version above"
         )
+
+
+def cache_argument(function: Callable[..., Any]) -> str | None:
+    """Name of the parameter that takes the cache; `None` if there is none. Remote code may still use the old name."""
+    names = inspect.signature(function).parameters
+    return next((name for name in _CACHE_NAMES if name in names), None)
+
+
+@functools.cache
+def generate_argument() -> str:
+    """Name under which `generate` takes the cache, and its output gives it back."""
+    from transformers.generation.utils import GenerationMixin
+
+    name = cache_argument(GenerationMixin.prepare_inputs_for_generation)
+    _need(name is not None, "GenerationMixin.prepare_inputs_for_generation takes no cache")
+    return str(name)
+
+
+def cache_in(arguments: Mapping[str, Any]) -> Any:
+    """The cache among the arguments of a call or the fields of an output; `None` if there is none."""
+    return next((arguments[name] for name in _CACHE_NAMES if arguments.get(name) is not None), None)
 
 
 def check_configuration(module: ModuleType) -> None:

@@ -13,6 +13,7 @@ from ..caches import CACHES
 from ..caches.options import PageOptions, SinkOptions
 from ..errors import UnsupportedModelError
 from .build import attention_cache, build_cache, padding_of, parse_options
+from .compat import generate_argument
 from .record import record_of
 
 Prepare = Callable[..., Any]
@@ -31,7 +32,7 @@ def wrap_prepare_cache(original: Prepare) -> Prepare:
         max_cache_length: int,
     ) -> Any:  # fmt: skip
         arguments = (generation_config, model_kwargs, generation_mode, batch_size, max_cache_length)
-        given = model_kwargs.get("past_key_values")
+        given = model_kwargs.get(generate_argument())
         named = generation_config.cache_implementation in CACHES
         if named and (generation_config.is_assistant or given is not None):
             # Assistants get a plain cache (upstream hands them the main model's name and then refuses it), and a cache
@@ -43,7 +44,8 @@ def wrap_prepare_cache(original: Prepare) -> Prepare:
         chosen = None if generation_config.is_assistant else _chosen(self, generation_config)
         if chosen is None or generation_config.use_cache is False:
             return original(self, *arguments)
-        model_kwargs["past_key_values"] = _new(self, *chosen, model_kwargs, generation_config, max_cache_length + 1)
+        cache = _new(self, *chosen, model_kwargs, generation_config, max_cache_length + 1)
+        model_kwargs[generate_argument()] = cache
         return None
 
     return prepare_cache

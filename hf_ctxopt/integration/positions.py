@@ -16,6 +16,7 @@ from torch import nn
 from transformers.cache_utils import EncoderDecoderCache
 
 from ..caches.base import PageCache
+from .compat import cache_in
 
 _lock = threading.RLock()  # re-entrant: a guard may be collected while another is made
 _attached: weakref.WeakKeyDictionary[nn.Module, _Attachment] = weakref.WeakKeyDictionary()
@@ -32,7 +33,7 @@ class PositionGuard:
     """Keeps the hook on a decoder for as long as it lives.
 
     Args:
-        decoder: the module whose forward takes `position_ids` and `past_key_values`.
+        decoder: the module whose forward takes `position_ids` and a cache.
     """
 
     def __init__(self, decoder: nn.Module) -> None:
@@ -84,7 +85,7 @@ def rebase_positions(
         given.pop("self", None)
     else:
         given = kwargs
-    cache = given.get("past_key_values")
+    cache = cache_in(kwargs) if cache_in(kwargs) is not None else cache_in(given)
     if isinstance(cache, EncoderDecoderCache):
         cache = cache.self_attention_cache
     inputs = given.get("input_ids") if given.get("input_ids") is not None else given.get("inputs_embeds")

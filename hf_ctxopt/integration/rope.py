@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
 
 from ..kernels.rotate import RotaryFacts, rotate
+from .compat import cache_argument
 
 _DISTANCE = 7
 _PROBE_ERRORS = (RuntimeError, TypeError, ValueError, AttributeError, LookupError)
@@ -64,8 +65,9 @@ def decoder_of(model: nn.Module) -> nn.Module:
 
 
 def takes_positions(decoder: nn.Module) -> bool:
-    """Whether `position_ids` and `past_key_values` can be handed to the decoder."""
-    return {"position_ids", "past_key_values"} <= set(inspect.signature(type(decoder).forward).parameters)
+    """Whether `position_ids` and a cache can be handed to the decoder."""
+    forward = type(decoder).forward
+    return "position_ids" in inspect.signature(forward).parameters and cache_argument(forward) is not None
 
 
 def _find_out(model: nn.Module, decoder: nn.Module) -> PositionFacts:
@@ -121,7 +123,8 @@ def _keys_at(decoder: nn.Module, text: Any, position: int) -> list[Tensor | None
     places = torch.arange(4, device=device)[None] + position
     cache = DynamicCache(config=text)
     with torch.no_grad():
-        decoder(input_ids=ids, position_ids=places, past_key_values=cache, use_cache=True)
+        given = {str(cache_argument(type(decoder).forward)): cache}
+        decoder(input_ids=ids, position_ids=places, use_cache=True, **given)
     return [getattr(layer, "keys", None) for layer in cache.layers]
 
 
