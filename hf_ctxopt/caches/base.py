@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
-from ..errors import UnsupportedModelError
+from ..errors import ConfigError, InterruptedStepError, UnsupportedModelError
 from ..kernels.rotate import RotaryFacts
 from ..pages.budget import Budget
 from ..pages.group import LayerGroup
@@ -134,9 +134,17 @@ class PageCache(DynamicCache, ABC):
             InterruptedStepError: it had evicted tokens it would have to bring back; `reset()` and feed the text again.
         """
         seen = min(group.settle() for group in self.groups)
-        for group in self.groups:
-            if group.seen > seen:
-                group.crop(group.seen - seen)
+        ahead = [group for group in self.groups if group.seen > seen]
+        for group in ahead:
+            try:
+                group.check_crop(group.seen - seen)
+            except ConfigError as error:
+                raise InterruptedStepError(
+                    f"layers {group.layers} had finished the interrupted forward pass and evicted tokens; "
+                    "call cache.reset() and feed the text again"
+                ) from error
+        for group in ahead:
+            group.crop(group.seen - seen)
         self.context.ledger.crop(seen)
 
     def crop(self, tokens_to_remove: int) -> None:

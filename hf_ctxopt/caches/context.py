@@ -8,6 +8,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..pages.group import LayerGroup
 from .positions import PositionLedger
 
 ATTENTION = "ctxopt"  # name of the fused route in transformers' attention registries
@@ -28,10 +29,12 @@ class CacheContext:
     Args:
         config: the decoder's config, whose `_attn_implementation` names the route.
         ledger: position eras.
+        groups: the cache's layer groups.
     """
 
     config: Any
     ledger: PositionLedger = field(default_factory=PositionLedger)
+    groups: list[LayerGroup] = field(default_factory=list)
     steps: Counter[str] = field(default_factory=Counter)
     fallbacks: Counter[str] = field(default_factory=Counter)
 

@@ -10,6 +10,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from ..errors import ConfigError
 from ..kernels.rotate import RotaryFacts
+from ..pages.admission import admit
 from ..pages.group import LayerGroup
 from ..pages.integrity import check
 from .context import CacheContext, debugging
@@ -41,6 +42,8 @@ class PageLayer(CacheLayerMixin):
     ) -> None:  # fmt: skip
         super().__init__()  # type: ignore[no-untyped-call]
         self.group, self.index, self.context = group, index, context
+        if group not in context.groups:
+            context.groups.append(group)
         self.facts, self.is_sliding, self.own_window = facts, is_sliding, own_window
 
     @property
@@ -84,10 +87,11 @@ class PageLayer(CacheLayerMixin):
             InterruptedStepError: an earlier forward pass stopped between two layers.
         """
         group = self.group
-        if group.progress[self.index] == group.seen:
+        if group.begins(self.index):
             self.context.ledger.confirm(group.seen)
             if debugging():
                 check(group, strict=True)
+            admit(self.context.groups, group, key_states, value_states)
         plan = group.step(self.index, key_states, value_states)
         storage = group.storages[self.index]
         view = StepView(

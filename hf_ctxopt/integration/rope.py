@@ -163,20 +163,22 @@ _getters: WeakKeyDictionary[nn.Module, dict[str, Callable[[], Tensor]]] = WeakKe
 def _getter(rotary: nn.Module, name: str) -> Callable[[], Tensor]:
     """Reads the buffer; one function per buffer, so that layers which share it are seen to share it."""
     known = _getters.setdefault(rotary, {})
-    return known.setdefault(name, _reader(weakref.ref(rotary), name))
+    return known.setdefault(name, _reader(rotary, name))
 
 
-def _reader(rotary: weakref.ref[nn.Module], name: str) -> Callable[[], Tensor]:
-    last: list[Tensor] = []  # a cache may outlive its model
+def _reader(rotary: nn.Module, name: str) -> Callable[[], Tensor]:
+    module, buffers = weakref.ref(rotary), rotary._buffers
+    left: list[Tensor] = []  # a cache may outlive its model: what the buffer was when the model went
 
     def inv_freq() -> Tensor:  # read anew each time: "dynamic" and "longrope" replace the buffer
-        module = rotary()
-        if module is not None:
-            last[:] = [getattr(module, name)]
-        return last[0]
+        alive = module()
+        found: Tensor = left[0] if alive is None else getattr(alive, name)
+        return found
 
-    inv_freq()
+    def leave() -> None:
+        left.append(buffers[name])  # type: ignore[arg-type]
 
+    weakref.finalize(rotary, leave).atexit = False
     return inv_freq
 
 

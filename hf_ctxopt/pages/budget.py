@@ -24,7 +24,6 @@ class Budget:
     def __init__(self, limit: int | str | None = None) -> None:
         self.tokens: int | None = None
         self.nbytes: int | None = None
-        self.reserved: dict[object, int] = {}  # bytes each layer group has, by the group's layers
         if isinstance(limit, str):
             self.nbytes = parse_bytes(limit)
         elif isinstance(limit, int) and not isinstance(limit, bool) and limit >= 1:
@@ -32,19 +31,18 @@ class Budget:
         elif limit is not None:
             raise ConfigError("budget", limit, _ALLOWED)
 
-    def most_pages(self, group: object, page_size: int, page_bytes: int) -> int | None:
-        """Pages a layer group may have now; `None` if there is no limit.
+    def most_pages(self, page_size: int, page_bytes: int, others: int) -> int | None:
+        """Pages a layer group may have; `None` if there is no limit.
 
         Args:
-            group: the group's key in `reserved`.
             page_size: tokens of a page.
             page_bytes: bytes of a page over all layers of the group.
+            others: bytes that the cache's other groups have.
         """
         if self.tokens is not None:
             return self.tokens // page_size
         if self.nbytes is None:
             return None
-        others = sum(size for key, size in self.reserved.items() if key != group)
         return max(0, self.nbytes - others) // max(1, page_bytes)
 
 

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..errors import CacheFullError
 from .pool import PagePool
 
 if TYPE_CHECKING:
@@ -16,34 +15,35 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-def grow(group: LayerGroup, required: int) -> None:
-    """Allocate room for `required` pages in all, and an eighth more unless a bound is known.
+def with_slack(group: LayerGroup, rows: int, required: int, limit: int | None) -> int:
+    """Pages to allocate where `required` are needed: an eighth more, unless a bound is known.
 
-    Raises:
-        CacheFullError: the budget does not allow `required` pages; nothing has changed.
+    Args:
+        group: the group that grows.
+        rows: its rows.
+        required: pages needed.
+        limit: most pages it may have, at least `required`; `None` for no limit.
     """
-    limit = group.budget.most_pages(group.layers, group.page_size, group.page_bytes)
-    if limit is not None and required > limit:
-        size = group.page_size
-        raise CacheFullError(required * size, limit * size, "raise `budget`, or use a smaller `window`")
     capacity = required + required // 8 + 1
-    bound = _expected_pages(group)
+    bound = _expected_pages(group, rows)
     if bound is not None:
         # Near the bound, take the bound itself: a full window then holds the same bytes however it was filled.
         capacity = bound if required <= bound <= required + required // 2 else capacity
         capacity = max(required, min(capacity, bound))
-    capacity = capacity if limit is None else min(capacity, limit)
-    # The pool grows last: if an allocation fails, some storages are larger than they need to be and all is right.
+    return capacity if limit is None else min(capacity, limit)
+
+
+def resize(group: LayerGroup, capacity: int) -> None:
+    """Grow to `capacity` pages. The pool grows last: if an allocation fails, some storages are merely larger."""
     for storage in group.storages.values():
         storage.resize(max(capacity, storage.capacity))
     group.pool.resize(capacity)
-    group.note_reserved()
 
 
-def _expected_pages(group: LayerGroup) -> int | None:
+def _expected_pages(group: LayerGroup, rows: int) -> int | None:
     bounds = [group.row_bound, None if group.expected is None else -(-group.expected // group.page_size)]
     known = [bound for bound in bounds if bound is not None]
-    return min(known) * len(group.rows) if known else None
+    return min(known) * rows if known else None
 
 
 def trim(group: LayerGroup) -> None:
@@ -68,4 +68,3 @@ def trim(group: LayerGroup) -> None:
             row.add(logical, place[page])
     group.pool = PagePool(most)
     group.pool.rebuild(group.holders())
-    group.note_reserved()

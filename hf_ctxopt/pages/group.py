@@ -16,11 +16,11 @@ from torch import Tensor
 
 from ..errors import ConfigError, InterruptedStepError
 from .budget import Budget
-from .capacity import grow, trim
-from .plan import RowStep, StepPlan, Write
+from .capacity import trim
+from .plan import RowStep, StepPlan, StepRequest, Write
 from .pool import PagePool
 from .rows import Row, Stretch
-from .storage import LayerStorage, page_bytes, unique_bytes
+from .storage import LayerStorage, unique_bytes
 
 _ALL = 1 << 62  # past any logical page
 
@@ -73,6 +73,7 @@ class LayerGroup:
         self.seen = 0
         self.evicted_pages = 0
         self.recording = False
+        self.request: StepRequest | None = None  # what was admitted for the coming step (see `admission.py`)
         self.plan: StepPlan | None = None
         self._late = False  # a layer turned up that missed the first step: only a fresh start helps
         self._page_bytes_guess = 0
@@ -85,9 +86,11 @@ class LayerGroup:
         known = sum(storage.page_bytes for storage in self.storages.values())
         return known + (len(self.layers) - len(self.storages)) * self._page_bytes_guess
 
-    def note_reserved(self) -> None:
-        """Tell the shared budget how many bytes the group's pages take, allocated or about to be."""
-        self.budget.reserved[self.layers] = self.pool.capacity * self.page_bytes
+    def expect_page_bytes(self, one_layer: int) -> bool:
+        """Take the layers that have not arrived for as large as `one_layer`; returns whether they were so already."""
+        known = self._page_bytes_guess in (one_layer, 0)
+        self._page_bytes_guess = one_layer
+        return known
 
     @property
     def nbytes(self) -> int:
@@ -120,8 +123,21 @@ class LayerGroup:
 
     # ---- one step
 
+    def begins(self, layer: int) -> bool:
+        """Whether the layer is the first of the group to arrive in a new step.
+
+        Raises:
+            InterruptedStepError: an earlier step stopped between two layers.
+        """
+        behind = [index for index, seen in self.progress.items() if 0 < seen < self.seen]
+        if self.progress[layer] == self.seen and behind:
+            raise InterruptedStepError(
+                f"layers {behind} did not finish the last forward pass; call cache.settle() before the next one"
+            )
+        return self.progress[layer] == self.seen
+
     def step(self, layer: int, keys: Tensor, values: Tensor) -> StepPlan:
-        """Plan the coming step, or join the step that another layer of the group has planned.
+        """Begin the step that was admitted, or join it where another layer of the group has begun it.
 
         Args:
             layer: the layer that arrives.
@@ -129,13 +145,10 @@ class LayerGroup:
             values: new value states, `(batch, kv_heads, seq, value_dim)`.
 
         Raises:
-            CacheFullError: the budget has no room; nothing has changed.
             InterruptedStepError: an earlier step stopped between two layers.
         """
-        if self.progress[layer] == self.seen:
-            self._check_complete()
-            self._page_bytes_guess = page_bytes(keys, values, self.page_size)
-            self.plan = self._begin(keys.shape[0], keys.shape[-2])
+        if self.progress[layer] == self.seen and self.request is not None:
+            self.plan = self._begin(self.request)
         plan = self.plan
         if plan is None or self.progress[layer] != plan.seen or keys.shape[-2] != plan.queries:
             self._late = self._late or self.progress[layer] == 0
@@ -157,53 +170,21 @@ class LayerGroup:
         if all(seen == self.seen for seen in self.progress.values()):
             self.plan = None
 
-    def _check_complete(self) -> None:
-        behind = [layer for layer, seen in self.progress.items() if 0 < seen < self.seen]
-        if behind:
-            raise InterruptedStepError(
-                f"layers {behind} did not finish the last forward pass; call cache.settle() before the next one"
-            )
-
-    def _begin(self, batch: int, queries: int) -> StepPlan:
-        fresh = not self.rows
-        self._make_rows(batch)
-        ends = [max(0, self.seen + queries - row.pad) for row in self.rows]
-        lows = [max(row.lower, self.policy.horizon(row.length)) for row in self.rows]
-        plan = StepPlan(self.seen, queries, True, self.dense_length())
-        plan.in_place = self.recording or queries == 1 or self._fits(ends, lows)
-        keep = (
-            lows
-            if plan.in_place
-            else [max(low, self.policy.horizon(end)) for low, end in zip(lows, ends, strict=True)]
-        )
-        evicting = any(end and self.policy.horizon(end - 1) for end in ends)
-        try:
-            if evicting and self.before_eviction is not None:
-                self.before_eviction()
-            self._make_room(ends, keep)
-        except BaseException:
-            self.rows = [] if fresh else self.rows
-            raise
-        self.before_eviction = None if evicting else self.before_eviction
+    def _begin(self, request: StepRequest) -> StepPlan:
+        self.request, self.rows = None, request.rows
+        plan = StepPlan(self.seen, request.queries, request.in_place, self.dense_length())
+        self.before_eviction = None if request.evicting else self.before_eviction
         self._evict()
         # All drops come before all takes: what one row gives back another may need.
+        keep = request.keep
         starts = [self._retire(row, first, plan.in_place) for row, first in zip(self.rows, keep, strict=True)]
         for index, (before, start, lower) in enumerate(starts):
-            after = self._extend(plan, index, ends[index], keep[index])
-            step = RowStep(self.rows[index].pad, start, ends[index], lower, before, after if plan.in_place else [])
+            after = self._extend(plan, index, request.ends[index], keep[index])
+            step = RowStep(self.rows[index].pad, start, request.ends[index], lower, before,
+                           after if plan.in_place else [])  # fmt: skip
             plan.rows.append(step)
-        self.seen += queries
+        self.seen += request.queries
         return plan
-
-    def _make_rows(self, batch: int) -> None:
-        if not self.rows:
-            pads = self.pads if self.pads is not None else [0] * batch
-            if len(pads) != batch:
-                raise ConfigError("attention_mask", f"{len(pads)} rows", f"{batch} rows, as in the batch")
-            self.rows = [Row(pad) for pad in pads]
-        elif len(self.rows) != batch:
-            allowed = f"{len(self.rows)}, as the cache holds (batch_repeat_interleave changes it)"
-            raise ConfigError("batch", batch, allowed)
 
     def _evict(self) -> None:
         """Drop what no query from the next one on can see."""
@@ -213,12 +194,6 @@ class LayerGroup:
                 self._drop_below(row, row.lower, row.length)
         trim(self)
 
-    def _fits(self, ends: list[int], lows: list[int]) -> bool:
-        bound = self.row_bound
-        return bound is None or all(
-            sum(map(len, self.wanted_pages(end, low))) <= bound for end, low in zip(ends, lows, strict=True)
-        )
-
     def wanted_pages(self, end: int, lower: int) -> tuple[range, range]:
         """Logical pages that hold the sinks, and those that hold the tokens `[lower, end)`."""
         size, sinks = self.page_size, -(-min(self.policy.sinks, end) // self.page_size)
@@ -226,7 +201,7 @@ class LayerGroup:
             return range(sinks), range(0)
         return range(min(sinks, lower // size)) if lower else range(0), range(lower // size, -(-end // size))
 
-    def _missing(self, row: Row, end: int, lower: int) -> list[range]:
+    def missing_pages(self, row: Row, end: int, lower: int) -> list[range]:
         """The wanted pages that the row does not have yet; they all come after those it has."""
         held = row.runs[-1].first + row.runs[-1].count if row.runs else 0
         return [range(max(held, pages.start), pages.stop) for pages in self.wanted_pages(end, lower)]
@@ -237,23 +212,6 @@ class LayerGroup:
         gone = row.drop(first_free, lower // self.page_size if lower < end else _ALL)
         self.evicted_pages += len(gone)
         self.pool.release(gone)
-
-    def _make_room(self, ends: list[int], keep: list[int]) -> None:
-        """Make sure that the step's new pages are free, before anything is changed."""
-        needed = 0
-        for row, end, lower in zip(self.rows, ends, keep, strict=True):
-            needed += sum(map(len, self._missing(row, end, lower)))
-            if lower > row.lower:
-                wanted = self.wanted_pages(end, lower)
-                needed -= sum(
-                    self.pool.references(page) == 1
-                    for logical, page in row.pages()
-                    if not any(logical in pages for pages in wanted)
-                )
-            tail = row.page_of(row.length // self.page_size) if end > row.length else None
-            needed += tail is not None and self.pool.references(tail) > 1
-        if needed > self.pool.free:
-            grow(self, self.pool.used + needed)
 
     def _retire(self, row: Row, keep: int, in_place: bool) -> tuple[list[Stretch], int, int]:
         """Drop what will not outlive the step; returns what was held, the tokens seen and the lower bound."""
@@ -267,7 +225,7 @@ class LayerGroup:
         row, start = self.rows[index], self.rows[index].length
         if end > start:
             self._own_tail(plan, row)
-        missing = [page for pages in self._missing(row, end, keep) for page in pages]
+        missing = [page for pages in self.missing_pages(row, end, keep) for page in pages]
         if missing:
             last = row.runs[-1] if row.runs else None
             after = None if last is None else last.page + last.count - 1
@@ -299,7 +257,7 @@ class LayerGroup:
         if not 0 <= tokens <= self.seen:
             raise ConfigError("tokens_to_remove", -tokens, f"0 to -{self.seen}, the tokens seen")
         seen = self.seen - tokens
-        if tokens and any(row.lower > self.policy.horizon(max(0, seen - row.pad)) for row in self.rows):
+        if seen and tokens and any(row.lower > self.policy.horizon(max(0, seen - row.pad)) for row in self.rows):
             allowed = "fewer: the shorter text needs tokens that were evicted; call activate_past_recording() before"
             raise ConfigError("tokens_to_remove", -tokens, allowed + " the forward pass that is to be taken back")
 
@@ -344,7 +302,7 @@ class LayerGroup:
         Raises:
             InterruptedStepError: the step had overwritten tokens that it would have to bring back.
         """
-        plan = self.plan
+        plan, self.request = self.plan, None
         if self._late:
             self._rewind(0)
         if plan is None or self._late or all(at in (0, self.seen) for at in self.progress.values()) and plan.seen:
@@ -365,12 +323,11 @@ class LayerGroup:
         """Forget everything and give the memory back."""
         self.pool, self.rows, self.storages = PagePool(), [], {}
         self.evicted_pages = 0
-        self.recording = False
+        self.recording = self._late = False
         self._set_seen(0)
-        self.note_reserved()
 
     def _set_seen(self, seen: int) -> None:
-        self.seen, self.plan = seen, None
+        self.seen, self.plan, self.request = seen, None, None
         self.progress = {layer: seen if at else 0 for layer, at in self.progress.items()}
 
     def holders(self) -> dict[int, int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from .rows import Stretch
+from .rows import Row, Stretch
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,29 @@ class RowStep:
     lower: int
     before: list[Stretch]
     after: list[Stretch]
+
+
+@dataclass(frozen=True)
+class StepRequest:
+    """What a step of `queries` columns on top of `seen` columns needs, found out before anything is changed.
+
+    Args:
+        rows: the group's rows; new ones before the first step.
+        ends: tokens of each row after the step.
+        keep: oldest non-sink token of each row that outlives the step.
+        in_place: see `StepPlan`.
+        evicting: whether a query of the step does not see some earlier token any more.
+        pages: pages in use after the step.
+    """
+
+    seen: int
+    queries: int
+    rows: list[Row]
+    ends: list[int]
+    keep: list[int]
+    in_place: bool
+    evicting: bool
+    pages: int
 
 
 @dataclass

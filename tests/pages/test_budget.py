@@ -45,23 +45,14 @@ def test_other_values_are_refused(value: Any) -> None:
 
 
 def test_without_a_limit_there_is_none() -> None:
-    assert Budget().most_pages("group", 32, 100) is None
+    assert Budget().most_pages(32, 100, 0) is None
 
 
 @pytest.mark.parametrize(("tokens", "pages"), [(1, 0), (31, 0), (32, 1), (100, 3)])
 def test_a_token_budget_counts_whole_pages_of_each_group(tokens: int, pages: int) -> None:
-    budget = Budget(tokens)
-    budget.reserved = {"first": 5000, "second": 5000}
-    assert budget.most_pages("first", 32, 10) == pages
+    assert Budget(tokens).most_pages(32, 10, others=5000) == pages
 
 
-def test_a_byte_budget_is_shared_with_what_other_groups_have_reserved() -> None:
-    budget = Budget("1000B")
-    assert budget.most_pages("first", 32, 100) == 10
-    budget.reserved["second"] = 210
-    assert budget.most_pages("first", 32, 100) == 7
-    budget.reserved["first"] = 700
-    assert budget.most_pages("first", 32, 100) == 7  # its own reservation is not held against it
-    assert budget.most_pages("second", 32, 30) == 10
-    budget.reserved["second"] = 2000
-    assert budget.most_pages("first", 32, 100) == 0
+@pytest.mark.parametrize(("others", "pages"), [(0, 10), (99, 9), (210, 7), (2000, 0)])
+def test_a_byte_budget_is_shared_with_the_other_groups(others: int, pages: int) -> None:
+    assert Budget("1000B").most_pages(32, 100, others) == pages
