@@ -24,7 +24,7 @@ class PageCache(DynamicCache, ABC):
     """A cache whose attention layers live in pages. Subclasses say what each layer keeps.
 
     Layers that are neither full nor sliding-window attention (linear attention, shared-KV dummies …) keep the
-    layer that transformers gives them.
+    layer that transformers gives them. A cache is for inference: no gradient flows through the tokens it holds.
 
     Args:
         config: the model's config.

@@ -117,7 +117,7 @@ _EDITS: dict[str, tuple[Edit, Edit]] = {
 
 
 class _EditingLoader(Loader):
-    """Loads a module as its own loader does, then edits it."""
+    """Loads a module as its own loader does, edits it, and leaves it to its own loader again."""
 
     def __init__(self, loader: Loader, name: str) -> None:
         self._loader, self._name = loader, name
@@ -126,11 +126,15 @@ class _EditingLoader(Loader):
         return self._loader.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
+        if module.__spec__ is not None:
+            module.__spec__.loader = module.__loader__ = self._loader
         self._loader.exec_module(module)
         if _finder in sys.meta_path:
             _EDITS[self._name][0](module)
 
     def __getattr__(self, name: str) -> Any:
+        if name == "_loader":  # an empty copy of this object
+            raise AttributeError(name)
         return getattr(self._loader, name)
 
 

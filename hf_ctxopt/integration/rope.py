@@ -53,7 +53,13 @@ def position_facts(model: nn.Module) -> PositionFacts:
     """
     decoder = decoder_of(model)
     if decoder not in _known:
-        _known[decoder] = _find_out(model, decoder)
+        try:
+            _known[decoder] = _find_out(model, decoder)
+        except torch.OutOfMemoryError:
+            raise
+        except _PROBE_ERRORS as error:  # any model code may run here; without an answer nothing may be evicted
+            why = f"{type(model).__name__} did not answer the position probe ({type(error).__name__}: {error})"
+            return PositionFacts(refusal=why)  # not remembered: it may be of the moment
     return _known[decoder]
 
 
@@ -82,10 +88,7 @@ def _find_out(model: nn.Module, decoder: nn.Module) -> PositionFacts:
     rotary = _rotary_module(decoder)
     if rotary is None or not takes_positions(decoder):
         return PositionFacts(refusal=f"{name} has no rotary positions: distances after an eviction would be wrong")
-    try:
-        near, far = _keys_at(decoder, text, 1), _keys_at(decoder, text, 1 + _DISTANCE)
-    except _PROBE_ERRORS as error:  # any model code may run here; without an answer nothing may be evicted
-        return PositionFacts(refusal=f"{name} did not answer the position probe ({type(error).__name__}: {error})")
+    near, far = _keys_at(decoder, text, 1), _keys_at(decoder, text, 1 + _DISTANCE)
     facts = PositionFacts()
     for index, (first, second) in enumerate(zip(near, far, strict=True)):
         if first is None or second is None:

@@ -85,6 +85,13 @@ off = snapshot()
 hf_ctxopt.register()
 found = [off, caches(tiny())]
 """,
+    "loaders": """
+import copy, hf_ctxopt, importlib.util
+from hf_ctxopt.integration.register import _EDITS, _EditingLoader
+copy.deepcopy(_EditingLoader(importlib.util.find_spec("json").loader, "json"))
+caches(tiny())
+found = [type(sys.modules[name].__spec__.loader).__name__ for name in _EDITS]
+""",
     "after everything": """
 model = tiny()
 before = snapshot()
@@ -225,6 +232,10 @@ def test_imported_after_transformers(fresh: dict[str, Any]) -> None:
     new_modules, caches = fresh["after transformers"]
     assert new_modules == []
     assert caches == CACHES
+
+
+def test_edited_modules_have_their_own_loader_again(fresh: dict[str, Any]) -> None:
+    assert set(fresh["loaders"]) == {"SourceFileLoader"}
 
 
 def test_unregistered_before_transformers_is_loaded(fresh: dict[str, Any]) -> None:

@@ -10,6 +10,7 @@ import functools
 import gc
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from torch import nn
 from transformers import DynamicCache
 
 import hf_ctxopt
+from hf_ctxopt.integration.compat import generate_argument
 from hf_ctxopt.integration.rope import decoder_of, position_facts
 from hf_ctxopt.kernels.rotate import rotate
 from tests.families import VOCAB, build
@@ -120,6 +122,21 @@ def test_the_probe_leaves_the_model_as_it_was() -> None:
         buffers = {name: value.clone() for name, value in model.named_buffers()}
         position_facts(model)
         assert all(torch.equal(value, buffers[name]) for name, value in model.named_buffers())
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("full"), RuntimeError("busy")], ids=["memory", "other"])
+def test_a_probe_that_failed_is_tried_again(error: RuntimeError) -> None:
+    """Memory that was short for a moment must not refuse eviction for the rest of the model's life."""
+    model = build("llama")
+    with mock.patch.object(type(model.model), "forward", side_effect=error, autospec=True):
+        if isinstance(error, torch.OutOfMemoryError):
+            with pytest.raises(torch.OutOfMemoryError):
+                position_facts(model)
+        else:
+            assert "busy" in str(position_facts(model).refusal)
+    facts = position_facts(model)
+    assert facts.refusal is None
+    assert len(facts.rotary) == len(model.model.layers)
 
 
 # ---- frequencies that depend on the length
@@ -275,6 +292,7 @@ def test_a_decoder_that_is_called_with_positional_arguments() -> None:
     model = _model("llama")
     calls: list[Callable[[torch.Tensor, torch.Tensor, Any], Any]] = [
         lambda ids, places, cache: model.model(input_ids=ids, position_ids=places, past_key_values=cache),
+        lambda ids, places, cache: model.model(input_ids=ids, position_ids=places, **{generate_argument(): cache}),
         lambda ids, places, cache: model.model(ids, None, places, cache),
         lambda ids, places, cache: model.model(ids, None, None, cache),
         lambda ids, places, cache: model.model(ids, past_key_values=cache),
