@@ -105,11 +105,13 @@ def _new_pages(group: LayerGroup, rows: list[Row], ends: list[int], keep: list[i
     writers: Counter[int] = Counter()
     for row, end, lower in zip(rows, ends, keep, strict=True):
         needed += sum(map(len, group.missing_pages(row, end, lower)))
+        gone: set[int] = set()
         if lower > row.lower:
             wanted = group.wanted_pages(end, lower)
-            lost.update(page for logical, page in row.pages() if not any(logical in pages for pages in wanted))
+            gone = {page for logical, page in row.pages() if not any(logical in pages for pages in wanted)}
+        lost.update(gone)
         tail = row.page_of(row.length // group.page_size) if end > row.length else None
-        if tail is not None:
+        if tail is not None and tail not in gone:
             writers[tail] += 1
     needed -= sum(pool.references(page) == count for page, count in lost.items())
     for page, count in writers.items():

@@ -505,6 +505,14 @@ def test_forks_of_a_tail_page_need_one_copy_less_than_there_are_rows() -> None:
         rig.step(numbers(400, 3, 2))
 
 
+def test_forks_whose_tail_is_dropped_by_the_step_need_no_copy_of_it() -> None:
+    rig = Rig(SinkWindow(window=6), page_size=2, budget=12)
+    rig.step([[0, 1, 2]])
+    rig.group.select([0, 0])
+    rig.step(numbers(100, 2, 6))  # each row ends with tokens 4 to 8 in three pages of its own
+    assert (rig.group.pool.used, spans(rig.held(1))) == (6, [4, 5, 6, 7, 8])
+
+
 @pytest.mark.parametrize("batch", [1, 3])
 def test_a_batch_of_another_size_is_refused_by_name(batch: int) -> None:
     rig = Rig(KEEP_ALL, pads=[0, 1])
