@@ -38,6 +38,11 @@ def numbers(start: int, batch: int, queries: int) -> Tensor:
     return torch.arange(start, start + batch * queries).view(batch, queries)
 
 
+def spans(tokens: dict[int, int]) -> list[int]:
+    """The tokens held, sorted."""
+    return sorted(tokens)
+
+
 class Rig:
     """Args:
     policy: what the group keeps.
