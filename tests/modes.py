@@ -20,6 +20,7 @@ from torch import nn
 from transformers import GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
+from hf_ctxopt.integration.compat import generate_argument
 from tests.families import VOCAB
 
 PROMPT_TOKENS = 18
@@ -174,7 +175,7 @@ def _multi_turn(case: Case) -> Outcome:
         else:
             mask = torch.cat([mask, mask.new_ones(len(mask), ids.shape[1] - mask.shape[1])], dim=1)
             again, more = replace(case, cache={}, ids=ids, mask=mask), {}
-        outcome = _generate(again, max_new_tokens=3, past_key_values=outcome.cache, **more)
+        outcome = _generate(again, max_new_tokens=3, **{generate_argument(): outcome.cache}, **more)
         logits.append(outcome.logits)
     return Outcome(sequences=outcome.sequences, logits=torch.cat(logits), cache=outcome.cache)
 
