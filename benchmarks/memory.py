@@ -65,7 +65,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _prompt(length: int, seed: int) -> torch.Tensor:
-    return torch.randint(0, 256, (1, length), generator=torch.Generator().manual_seed(seed))
+    return torch.randint(1, 256, (1, length), generator=torch.Generator().manual_seed(seed))
 
 
 def _held(model: Any, args: argparse.Namespace) -> dict[int, int]:

@@ -17,11 +17,13 @@ def skip(cache: PageCache, tokens: int) -> None:
         tokens: how many.
 
     Raises:
-        ConfigError: a negative number, or a cache that keeps everything.
+        ConfigError: a negative number, or a cache that keeps everything, or an empty one.
     """
     check_int("tokens", tokens, 0)
     if all(group.policy.most_held is None for group in cache.groups):
         raise ConfigError("cache", cache.name, "a cache that evicts")
+    if not cache.get_seq_length():
+        raise ConfigError("cache", f"an empty {cache.name}", "a cache that holds its sinks already")
     if tokens:
         for group in cache.groups:
             group.skip(tokens)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Protocol
@@ -22,9 +22,8 @@ from .positions import PositionLedger
 class Mask(Protocol):
     """A mask that can be asked about single positions (see `integration/mask.py`)."""
 
-    @property
-    def plain(self) -> bool:
-        """Whether it is causal attention over everything but left padding."""
+    def plain(self, pads: Sequence[int]) -> bool:
+        """Whether it is causal attention over everything but `pads` columns of left padding."""
 
     def at(self, row: int, queries: Tensor, keys: Tensor, labels: Tensor) -> Tensor | None:
         """Bool `(queries, keys)`; `None` if everything is visible."""
@@ -90,7 +89,7 @@ class StepView:
                 out = own.new_zeros(own.shape[0], 0, self.values.shape[-1])
             else:
                 segments, tokens = self._segments(index, row, own)
-                plain = mask is None or mask.plain
+                plain = self._plain(mask)
                 causal = plain and row.start == 0 and len(segments) == 1 and self.policy.horizon(row.stop - 1) == 0
                 visible = partial(self._visible, index, row, tokens, mask)
                 out = attend(own, segments, visible, scaling, softcap, sink_logits, causal)
@@ -153,6 +152,9 @@ class StepView:
         cos, sin = memo[key]
         return turn(query, cos, sin, self.facts)
 
+    def _plain(self, mask: Mask | None) -> bool:
+        return mask is None or mask.plain([row.pad for row in self.plan.rows])
+
     def _visible(
         self, index: int, row: RowStep, tokens: list[range], mask: Mask | None, start: int, stop: int
     ) -> Tensor | None:
@@ -170,7 +172,8 @@ class StepView:
         """Which keys the row's queries `[start, stop)` see, bool `(queries, keys)`; `None` for all."""
         device, sinks = self.keys.device, self.policy.sinks
         single = self.plan.queries == 1 and self.old is None
-        if single and (mask is None or mask.plain):
+        plain = self._plain(mask)
+        if single and plain:
             return None  # a one-token step holds exactly what its query may see
         query = torch.arange(row.start + start, row.start + stop, device=device)[:, None]
         key = torch.cat([torch.arange(part.start, part.stop, device=device) for part in tokens])[None]
@@ -179,7 +182,7 @@ class StepView:
         seen = None
         if not single and not self.model_window:
             seen = (key < sinks) | (key >= gap + sinks) | (gap == 0)
-        if mask is None or mask.plain:
+        if mask is None or plain:
             kept = (key >= gap) & (key <= query) if seen is None else seen & (key <= query)
             return None if single else kept
         shifted = key + torch.where(key < sinks, gap, 0) + row.pad
@@ -192,9 +195,10 @@ class StepView:
         """K and V as stock attention wants them, `(batch, kv_heads, length, head_dim)`, rows right-aligned."""
         if self.plan.dense_before == 0:
             return self.keys, self.values
-        layout = self.plan.memo.get("dense")
-        if layout is None:
-            layout = self.plan.memo["dense"] = DenseLayout.of(self)
+        key = ("dense", self.facts is None)  # a model may rotate some layers only (SmolLM3)
+        if key not in self.plan.memo:
+            self.plan.memo[key] = DenseLayout.of(self)
+        layout: DenseLayout = self.plan.memo[key]
         if self.old is not None:
             keys, values = self._old_dense(self.keys, 1), self._old_dense(self.values, 2)
             keys = torch.cat([layout.turn(keys, self.facts), self.keys], dim=2)

@@ -48,6 +48,8 @@ def bench(
     """Compare caches on one model: bytes held, time to the first token, time per token."""
     given = {"window": window, "sinks": sinks, "budget": budget, "page_size": page_size}
     choices = [bench_choice(name, given, fused) for name in cache]
+    check_output("json", json_path)
+    check_output("plot", plot_path, ".png")
     text = manual() if file is None else read(file)
     from transformers import set_seed
 
@@ -99,11 +101,28 @@ def read(file: Path) -> str:
     return text
 
 
+def check_output(field: str, path: Path | None, suffix: str | None = None) -> None:
+    """Refuses a path that cannot be written, before anything is measured.
+
+    Raises:
+        ConfigError: if it is a directory, its folder cannot be made, or it ends otherwise than in `suffix`.
+    """
+    if path is None:
+        return
+    if suffix is not None and path.suffix.lower() != suffix:
+        raise ConfigError(field, str(path), f"a file name that ends in {suffix}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("ab"):
+            pass
+    except OSError as error:
+        raise ConfigError(field, str(path), f"a file that can be written ({error})") from error
+
+
 def publish(result: dict[str, Any], json_path: Path | None, plot_path: Path | None) -> None:
     """Prints the table and writes the files that were asked for."""
     console.table(figures_table(result))
     if json_path is not None:
-        json_path.parent.mkdir(parents=True, exist_ok=True)
         json_path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
         console.note(f"wrote {json_path}")
     if plot_path is not None:

@@ -31,5 +31,4 @@ def draw(result: dict[str, Any], path: Path) -> None:
     speed.set(xlabel="tokens seen", ylabel="ms per token", title="Decoding")
     speed.set_ylim(bottom=0)
     speed.legend()
-    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)

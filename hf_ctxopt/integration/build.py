@@ -15,7 +15,7 @@ from ..caches.base import PageCache
 from ..caches.options import PageOptions, SinkOptions
 from ..errors import ConfigError, UnsupportedModelError
 from .compat import check_caches
-from .positions import PositionGuard
+from .positions import PositionGuard, padding_of
 from .rope import PositionFacts, decoder_of, position_facts, takes_positions
 
 _LENGTH_SCALED = ("dynamic", "longrope")
@@ -54,23 +54,9 @@ def parse_options(name: str, options: Any) -> PageOptions:
     Raises:
         ConfigError: see `make_cache`.
     """
-    if name not in CACHES:
+    if not isinstance(name, str) or name not in CACHES:
         raise ConfigError("cache", name, f"one of {', '.join(CACHES)}")
     return CACHES[name].options_type.parse(options)
-
-
-def padding_of(attention_mask: Tensor | None) -> list[int] | None:
-    """Left-padding columns of each row of a `(batch, seq)` mask; `None` where nothing is known.
-
-    Raises:
-        ConfigError: the mask is not two-dimensional.
-    """
-    if attention_mask is None:
-        return None
-    shape = tuple(attention_mask.shape) if isinstance(attention_mask, Tensor) else attention_mask
-    if not isinstance(shape, tuple) or len(shape) != 2:
-        raise ConfigError("attention_mask", shape, "a tensor of shape (batch, seq)")
-    return [int(n) for n in (attention_mask.long().cumsum(-1) == 0).sum(-1).tolist()]
 
 
 def build_cache(
@@ -146,6 +132,29 @@ def _check_padding(text: Any, options: SinkOptions, pads: Sequence[int] | None) 
         raise ConfigError(
             "n_discard", options.n_discard, "None for rows of unequal padding, unless patch_model() is used: stock "
             "attention masks cannot describe rows that shift at different times",
+        )  # fmt: skip
+
+
+def check_holes(cache: PageCache, attention_mask: Tensor | None, expected: int) -> None:
+    """Refuse masks with zeros behind a row's first token, where stock attention would apply them to other tokens.
+
+    On the dense route the sinks of a cache that has evicted stand under later tokens' columns, and a stock mask reads
+    the padding of those columns. The fused route asks for each key's own column.
+
+    Raises:
+        ConfigError: the text may reach `expected` tokens, which evicts, and the mask has such zeros.
+    """
+    if attention_mask is None or cache.context.fused:
+        return
+    policies = [group.policy for group in cache.groups if group.policy.sinks and group.policy.most_held is not None]
+    if not any(expected > policy.sinks + (policy.most_held or 0) for policy in policies):
+        return
+    mask = attention_mask.bool()
+    if bool((mask[:, :-1] & ~mask[:, 1:]).any()):
+        raise ConfigError(
+            "attention_mask", "zeros behind a row's first token", "left padding only, unless patch_model() is used: "
+            "after an eviction stock attention would hide the sinks instead (a text that contains the pad token needs "
+            "an attention_mask of ones)",
         )  # fmt: skip
 
 

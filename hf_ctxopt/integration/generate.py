@@ -12,8 +12,9 @@ from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 from ..caches import CACHES
 from ..caches.options import PageOptions, SinkOptions
 from ..errors import UnsupportedModelError
-from .build import attention_cache, build_cache, padding_of, parse_options
+from .build import attention_cache, build_cache, check_holes, parse_options
 from .compat import generate_argument
+from .positions import padding_of
 from .record import record_of
 
 Prepare = Callable[..., Any]
@@ -39,7 +40,7 @@ def wrap_prepare_cache(original: Prepare) -> Prepare:
             # that is passed wins over the name saved in a configuration. The config is this call's own copy.
             generation_config.cache_implementation = None
         if given is not None:
-            _continue(self, given, generation_config, model_kwargs)
+            _continue(self, given, generation_config, model_kwargs, max_cache_length + 1)
             return original(self, *arguments)
         chosen = None if generation_config.is_assistant else _chosen(self, generation_config)
         if chosen is None or generation_config.use_cache is False:
@@ -70,6 +71,7 @@ def _new(
     encoder_decoder = model.config.is_encoder_decoder
     mask = model_kwargs.get("decoder_attention_mask" if encoder_decoder else "attention_mask")
     cache = build_cache(model, name, options, padding_of(mask), expected)
+    check_holes(cache, mask, expected)
     if encoder_decoder:
         return EncoderDecoderCache(cache, DynamicCache(config=model.config.get_text_config(decoder=True)))
     if _only_text(model_kwargs):
@@ -77,15 +79,19 @@ def _new(
     return cache
 
 
-def _continue(model: Any, given: Any, generation_config: Any, model_kwargs: dict[str, Any]) -> None:
+def _continue(model: Any, given: Any, generation_config: Any, model_kwargs: dict[str, Any], expected: int) -> None:
     """A cache from an earlier call comes back: undo what an interrupted or an assisted call left behind."""
     cache = attention_cache(given)
     if cache is None:
         return
     cache.settle()
+    mask = model_kwargs.get("decoder_attention_mask" if model.config.is_encoder_decoder else "attention_mask")
+    check_holes(cache, mask, expected)
     for group in cache.groups:
         group.recording = False
         group.expected = None
+        if not group.seen:
+            group.pads = padding_of(mask)
     text = not model.config.is_encoder_decoder and _only_text(model_kwargs)
     if text and _slices_chunks(cache.get_seq_length()):
         total = _prompt_length(model_kwargs.get("attention_mask"), generation_config)

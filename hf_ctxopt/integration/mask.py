@@ -7,7 +7,7 @@ else gets the dense mask.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -26,19 +26,20 @@ class LazyMask:
 
     def __init__(self, **arguments: Any) -> None:
         self.arguments = arguments
-        self._plain: bool | None = None
+        self._pads: list[int] | None = None
         self._full: Tensor | None = None
 
-    @property
-    def plain(self) -> bool:
-        """Whether it is causal attention over everything but left padding, which pages never hold."""
-        if self._plain is None:
-            self._plain = self.arguments.get("mask_function") is causal_mask_function and self._left_padded()
-        return self._plain
-
-    def _left_padded(self) -> bool:
+    def plain(self, pads: Sequence[int]) -> bool:
+        """Whether it is causal attention over all but `pads` columns of left padding, which pages never hold."""
+        if self.arguments.get("mask_function") is not causal_mask_function:
+            return False
         padding: Tensor | None = self.arguments.get("attention_mask")
-        return padding is None or bool((padding[:, 1:] >= padding[:, :-1]).all())
+        if padding is None:
+            return True
+        if self._pads is None:
+            rising = (padding[:, 1:] >= padding[:, :-1]).all(1)
+            self._pads = torch.where(rising, (padding == 0).sum(1), -1).tolist()  # -1: zeros elsewhere
+        return self._pads == list(pads)
 
     def at(self, row: int, queries: Tensor, keys: Tensor, labels: Tensor) -> Tensor | None:
         """Ask about single positions.

@@ -12,14 +12,29 @@ import weakref
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers.cache_utils import EncoderDecoderCache
 
 from ..caches.base import PageCache
+from ..errors import ConfigError
 from .compat import cache_in
 
 _lock = threading.RLock()  # re-entrant: a guard may be collected while another is made
 _attached: weakref.WeakKeyDictionary[nn.Module, _Attachment] = weakref.WeakKeyDictionary()
+
+
+def padding_of(attention_mask: Tensor | None) -> list[int] | None:
+    """Left-padding columns of each row of a `(batch, seq)` mask; `None` where nothing is known.
+
+    Raises:
+        ConfigError: the mask is not two-dimensional.
+    """
+    if attention_mask is None:
+        return None
+    shape = tuple(attention_mask.shape) if isinstance(attention_mask, Tensor) else attention_mask
+    if not isinstance(shape, tuple) or len(shape) != 2:
+        raise ConfigError("attention_mask", shape, "a tensor of shape (batch, seq)")
+    return [int(n) for n in (attention_mask.long().cumsum(-1) == 0).sum(-1).tolist()]
 
 
 class _Attachment:
@@ -92,6 +107,8 @@ def rebase_positions(
     if not isinstance(cache, PageCache) or inputs is None:
         return None
     seen, queries = cache.get_seq_length(), inputs.shape[1]
+    if not seen:
+        _learn_padding(cache, given.get("attention_mask"))
     base = cache.context.ledger.open(seen, queries)
     if base == 0:
         return None
@@ -101,6 +118,13 @@ def rebase_positions(
     if args:
         return _rebuilt(module, args, kwargs, positions - base)
     return args, {**kwargs, "position_ids": positions - base}
+
+
+def _learn_padding(cache: PageCache, attention_mask: Any) -> None:
+    """The first forward pass tells the padding of a cache that was made without a mask."""
+    if isinstance(attention_mask, Tensor) and attention_mask.dim() == 2:
+        for group in cache.groups:
+            group.pads = padding_of(attention_mask) if group.pads is None else group.pads
 
 
 def _rebuilt(

@@ -11,6 +11,7 @@ from __future__ import annotations
 import inspect
 import weakref
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -54,12 +55,15 @@ def position_facts(model: nn.Module) -> PositionFacts:
     decoder = decoder_of(model)
     if decoder not in _known:
         try:
-            _known[decoder] = _find_out(model, decoder)
+            facts = _find_out(model, decoder)
         except torch.OutOfMemoryError:
             raise
         except _PROBE_ERRORS as error:  # any model code may run here; without an answer nothing may be evicted
             why = f"{type(model).__name__} did not answer the position probe ({type(error).__name__}: {error})"
-            return PositionFacts(refusal=why)  # not remembered: it may be of the moment
+            return PositionFacts(refusal=why)
+        if facts.refusal is not None:
+            return facts  # not remembered: it may be of the moment
+        _known[decoder] = facts
     return _known[decoder]
 
 
@@ -125,10 +129,23 @@ def _keys_at(decoder: nn.Module, text: Any, position: int) -> list[Tensor | None
     ids = torch.arange(1, 5, device=device)[None] % int(text.vocab_size)
     places = torch.arange(4, device=device)[None] + position
     cache = DynamicCache(config=text)
-    with torch.no_grad():
+    with torch.no_grad(), _without_dropout(decoder):
         given = {str(cache_argument(type(decoder).forward)): cache}
         decoder(input_ids=ids, position_ids=places, use_cache=True, **given)
     return [getattr(layer, "keys", None) for layer in cache.layers]
+
+
+@contextmanager
+def _without_dropout(decoder: nn.Module) -> Iterator[None]:
+    """Evaluation mode for as long as the probe runs; every module's own flag comes back."""
+    training = [module for module in decoder.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def _device(decoder: nn.Module) -> torch.device:

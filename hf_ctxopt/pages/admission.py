@@ -40,7 +40,7 @@ def admit(groups: Sequence[LayerGroup], arriving: LayerGroup, keys: Tensor, valu
     """
     size = page_bytes(keys, values, arriving.page_size)
     known = arriving.expect_page_bytes(size)
-    if arriving.request is not None and known:
+    if arriving.request is not None and (known or arriving.storages):
         return
     asking = groups
     if arriving.request is not None:  # a first step: other layers were taken for as large as the first one to arrive

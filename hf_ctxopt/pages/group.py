@@ -305,6 +305,7 @@ class LayerGroup:
         plan, self.request = self.plan, None
         if self._late:
             self._rewind(0)
+            self.select([])
         if plan is None or self._late or all(at in (0, self.seen) for at in self.progress.values()) and plan.seen:
             self._late = False
             return self.seen
@@ -317,12 +318,14 @@ class LayerGroup:
             if at < self.seen and layer in self.storages:  # the table lists the copies, so every layer needs them
                 self.storages[layer].copy_pages(plan.copies)
         self._rewind(plan.seen)
+        if not plan.seen:
+            self.select([])  # as before the first step: the next one may bring another batch
         return self.seen
 
     def reset(self) -> None:
         """Forget everything and give the memory back."""
         self.pool, self.rows, self.storages = PagePool(), [], {}
-        self.evicted_pages = 0
+        self.evicted_pages, self.pads = 0, None  # the padding was that of the text which is forgotten
         self.recording = self._late = False
         self._set_seen(0)
 

@@ -30,6 +30,17 @@ BAD = {
 }
 
 
+BAD_OUTPUT = {"--json": "{folder}", "--plot": "{folder}/plot.xyz"}
+
+
+@pytest.mark.parametrize("option", BAD_OUTPUT)
+def test_a_bench_that_could_not_write_does_not_begin(ctxopt: Ctxopt, folder: Path, option: str) -> None:
+    path = BAD_OUTPUT[option].format(folder=folder)
+    result = ctxopt("bench", "-m", str(folder), "--context", "8", "-n", "2", option, path)
+    assert result.code == 2
+    assert result.err.startswith(f"error: {option[2:]}=")
+
+
 @pytest.mark.parametrize("name", BAD)
 def test_one_clean_line(ctxopt: Ctxopt, folder: Path, tmp_path: Path, name: str) -> None:
     arguments, told = BAD[name]

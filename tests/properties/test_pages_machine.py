@@ -245,6 +245,7 @@ class GroupMachine(RuleBasedStateMachine):
         for layer in self.rig.layers:
             layer.reset()
         assert self.group.nbytes == 0
+        self.pads = [0] * len(self.pads)  # the padding was that of the text which is forgotten
         self.forget()
 
     # ---- the oracle's own moves
