@@ -11,16 +11,21 @@ from collections.abc import Iterable
 from ..errors import IntegrityError
 
 
+SEALED = 1 << 40
+"""Sealed pages are numbered from here on, open pages from 0."""
+
+
 class PagePool:
     """Reference counts of a layer group's pages.
 
     Args:
         capacity: pages to start with.
+        first: number of its first page; `SEALED` in the pool of sealed pages, so that a number tells the pool.
     """
 
-    def __init__(self, capacity: int = 0) -> None:
+    def __init__(self, capacity: int = 0, first: int = 0) -> None:
         self._refs: list[int] = [0] * capacity
-        self._free = capacity
+        self._free, self.first = capacity, first
 
     @property
     def capacity(self) -> int:
@@ -44,7 +49,7 @@ class PagePool:
 
     def references(self, page: int) -> int:
         """Number of holders of `page`."""
-        return self._refs[page]
+        return self._refs[page - self.first]
 
     def resize(self, capacity: int) -> None:
         """Grow to `capacity` pages, or shrink to it; only free pages at the end can go.
@@ -73,12 +78,12 @@ class PagePool:
         if count > self._free:
             raise IntegrityError(f"{count} pages asked of a pool with {self._free} free")
         pages: list[int] = []
-        place = -1 if after is None else after + 1
+        place = -1 if after is None else after - self.first + 1
         while len(pages) < count:
             if not 0 <= place < len(self._refs) or self._refs[place]:
                 place = self._start_of_stretch(count - len(pages) if leave_room else self.capacity)
             self._refs[place] = 1
-            pages.append(place)
+            pages.append(self.first + place)
             place += 1
         self._free -= count
         return pages
@@ -101,9 +106,9 @@ class PagePool:
     def share(self, pages: Iterable[int]) -> None:
         """Add one reference to each page."""
         for page in pages:
-            if self._refs[page] == 0:
+            if self._refs[page - self.first] == 0:
                 raise IntegrityError(f"page {page} is free and cannot be shared")
-            self._refs[page] += 1
+            self._refs[page - self.first] += 1
 
     def release(self, pages: Iterable[int]) -> None:
         """Drop one reference of each page; pages without holders become free.
@@ -112,19 +117,20 @@ class PagePool:
             IntegrityError: a page is free already (a double free).
         """
         for page in pages:
-            if self._refs[page] == 0:
+            place = page - self.first
+            if self._refs[place] == 0:
                 raise IntegrityError(f"page {page} is released twice")
-            self._refs[page] -= 1
-            self._free += self._refs[page] == 0
+            self._refs[place] -= 1
+            self._free += self._refs[place] == 0
 
     def violations(self, held: dict[int, int]) -> list[str]:
         """What disagrees with `held` (page → holders, recomputed from the tables); empty when all is well."""
         found = [
             f"page {page} has {count} references, {held.get(page, 0)} holders"
-            for page, count in enumerate(self._refs)
+            for page, count in enumerate(self._refs, self.first)
             if count != held.get(page, 0)
         ]
-        found += [f"page {page} is held and does not exist" for page in held if not 0 <= page < self.capacity]
+        found += [f"page {page} is held and does not exist" for page in held if not 0 <= page - self.first < self.capacity]
         zero = self._refs.count(0)
         if zero != self._free:
             found.append(f"{self._free} pages counted free, {zero} are")
@@ -132,5 +138,5 @@ class PagePool:
 
     def rebuild(self, held: dict[int, int]) -> None:
         """Set every count from `held`: the recovery after a violation outside debug mode."""
-        self._refs = [held.get(page, 0) for page in range(self.capacity)]
+        self._refs = [held.get(page, 0) for page in range(self.first, self.first + self.capacity)]
         self._free = self._refs.count(0)

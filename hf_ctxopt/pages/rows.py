@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from .pool import SEALED
+
 
 @dataclass
 class Run:
@@ -31,6 +33,10 @@ class Stretch:
     slot: int
     token: int
     length: int
+
+    def sealed(self, page_size: int) -> bool:
+        """Whether its pages are sealed."""
+        return self.slot >= SEALED * page_size
 
 
 @dataclass
@@ -72,13 +78,35 @@ class Row:
 
     def replace(self, logical: int, page: int) -> int:
         """Put `page` in place of the held page of `logical`; returns the page it replaces (copy-on-write)."""
-        pairs = list(self.pages())
-        self.runs = []
-        old = -1
-        for number, held in pairs:
-            old = held if number == logical else old
-            self.add(number, page if number == logical else held)
+        old, runs, self.runs = -1, self.runs, []
+        for run in runs:
+            at = logical - run.first
+            if 0 <= at < run.count:
+                old = run.page + at
+                self._join(Run(run.first, run.page, at))
+                self._join(Run(logical, page, 1))
+                self._join(Run(logical + 1, old + 1, run.count - at - 1))
+            else:
+                self._join(run)
         return old
+
+    def _join(self, run: Run) -> None:
+        """Append a run, to the last one where both its text and its pages go on."""
+        last = self.runs[-1] if self.runs else None
+        if last is not None and (last.first + last.count, last.page + last.count) == (run.first, run.page):
+            last.count += run.count
+        elif run.count:
+            self.runs.append(run)
+
+    def open_pages(self, start: int, stop: int) -> list[tuple[int, int]]:
+        """(logical page, pool page) of the open pages among the logical pages `[start, stop)`."""
+        found: list[tuple[int, int]] = []
+        for run in reversed(self.runs):
+            if run.first + run.count <= start:
+                break
+            if run.page < SEALED:
+                found.extend(pair for pair in run if start <= pair[0] < stop)
+        return found
 
     def drop(self, start: int, stop: int) -> list[int]:
         """Stop holding logical pages `[start, stop)`; returns their pool pages."""

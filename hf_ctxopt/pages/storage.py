@@ -1,4 +1,4 @@
-"""The bytes: K and V of all pages of one layer.
+"""The bytes: K and V of all pages of one layer, open ones in the model's dtype, sealed ones as their codec says.
 
 Storage is `(kv_heads, pages, page_size, head_dim)`, so pages that neighbour in the pool are neighbouring tokens for
 every head: a stretch of them is a plain `(kv_heads, tokens, head_dim)` view, read without a copy.
@@ -9,7 +9,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .pool import SEALED
+from .rotation import rotate_channels
 from .rows import Stretch
+from .sealed import Codecs, SealedPart
 
 
 class LayerStorage:
@@ -19,13 +22,22 @@ class LayerStorage:
         keys: first key states, `(batch, kv_heads, seq, key_dim)`: gives heads, size, dtype and device.
         values: first value states, `(batch, kv_heads, seq, value_dim)`.
         page_size: tokens of a page.
-        capacity: pages.
+        capacity: open pages.
+        codecs: how full pages are stored; `None` leaves all pages open.
+        sealed: sealed pages.
     """
 
-    def __init__(self, keys: Tensor, values: Tensor, page_size: int, capacity: int) -> None:
-        self.page_size = page_size
+    def __init__(
+        self, keys: Tensor, values: Tensor, page_size: int, capacity: int, codecs: Codecs | None = None,
+        sealed: int = 0,
+    ) -> None:  # fmt: skip
+        self.page_size, self.codecs = page_size, codecs
         self.keys = self._new(keys, capacity)
         self.values = self._new(values, capacity)
+        self.parts: list[SealedPart] = []
+        if codecs is not None:
+            both = ((codecs.keys, keys), (codecs.values, values))
+            self.parts = [SealedPart(codec, like, page_size, sealed) for codec, like in both]
 
     def _new(self, like: Tensor, capacity: int) -> Tensor:
         # Zeros, not empty: padding columns gather slot 0, and 0 x NaN would poison a masked-out product.
@@ -33,19 +45,39 @@ class LayerStorage:
 
     @property
     def capacity(self) -> int:
-        """Pages allocated."""
+        """Open pages allocated."""
         return self.keys.shape[1]
 
     @property
+    def sealed_capacity(self) -> int:
+        """Sealed pages allocated."""
+        return self.parts[0].codes.shape[1] if self.parts else 0
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """Every tensor that holds keys or values."""
+        return [self.keys, self.values, *(tensor for part in self.parts for tensor in part.tensors)]
+
+    @property
     def page_bytes(self) -> int:
-        """Bytes of one page's K and V."""
+        """Bytes of one open page's K and V."""
         return sum(t.shape[0] * t.shape[2] * t.shape[3] * t.element_size() for t in (self.keys, self.values))
 
-    def resize(self, capacity: int) -> None:
-        """Allocate `capacity` pages and keep the contents of those that remain.
+    @property
+    def sealed_bytes(self) -> int:
+        """Bytes of one sealed page's K and V, scales included."""
+        return sum(t[:1, :1].numel() * t.shape[0] * t.element_size() for part in self.parts for t in part.tensors)
 
-        Both are allocated before either is replaced: an allocation that fails leaves the storage as it was.
+    def resize(self, capacity: int, sealed: int = 0) -> None:
+        """Allocate `capacity` open and `sealed` sealed pages and keep the contents of those that remain.
+
+        A kind is allocated before any of it is replaced: an allocation that fails leaves it as it was.
         """
+        if self.parts and sealed != self.sealed_capacity:
+            keep = slice(min(sealed, self.sealed_capacity))
+            moved = [part.moved(keep, sealed) for part in self.parts]
+            for part, (codes, scales) in zip(self.parts, moved, strict=True):
+                part.codes, part.scales = codes, scales
         if capacity == self.capacity:
             return
         keep = min(capacity, self.capacity)
@@ -66,6 +98,22 @@ class LayerStorage:
 
         return moved(self.keys), moved(self.values)
 
+    def seal(self, pairs: list[tuple[int, int]]) -> None:
+        """Encode full open pages into sealed ones, `(open, sealed)` each."""
+        if not pairs:
+            return
+        pages = [source for source, _ in pairs]
+        for part, stored in zip(self.parts, (self.keys, self.values), strict=True):
+            codes, scales = part.codec.encode(stored[:, pages])
+            targets = [target - SEALED for _, target in pairs]
+            part.codes[:, targets] = codes
+            part.scales[:, targets] = scales
+
+    def reopen(self, sealed: int, page: int) -> None:
+        """Decode a sealed page into an open one: its last tokens were taken back and others will follow."""
+        for part, stored in zip(self.parts, (self.keys, self.values), strict=True):
+            stored[:, page] = part.read(sealed - SEALED, 1)[:, 0]
+
     def copy_pages(self, pairs: list[tuple[int, int]]) -> None:
         """Copy whole pages, `(source, target)` each: the write half of copy-on-write."""
         for source, target in pairs:
@@ -78,17 +126,45 @@ class LayerStorage:
         Args:
             keys: `(kv_heads, tokens, key_dim)`.
             values: `(kv_heads, tokens, value_dim)`.
-            slot: first token slot in the pool.
+            slot: first token slot in the pool; whole pages where it is one of a sealed page.
         """
+        if slot >= SEALED * self.page_size:
+            for part, states in zip(self.parts, (keys, values), strict=True):
+                pages = states.unflatten(1, (-1, self.page_size))
+                part.write(slot // self.page_size - SEALED, pages.to(part.dtype))
+            return
         stop = slot + keys.shape[1]
         self.keys.flatten(1, 2)[:, slot:stop] = keys
         self.values.flatten(1, 2)[:, slot:stop] = values
 
     def read(self, stretch: Stretch, copy: bool = False) -> tuple[Tensor, Tensor]:
         """K and V of a stretch, `(kv_heads, tokens, head_dim)` each: views (later writes show), or copies."""
+        if stretch.sealed(self.page_size):
+            return self._decode(stretch)
         part = slice(stretch.slot, stretch.slot + stretch.length)
         keys, values = self.keys.flatten(1, 2)[:, part], self.values.flatten(1, 2)[:, part]
         return (keys.clone(), values.clone()) if copy else (keys, values)
+
+    def _decode(self, stretch: Stretch) -> tuple[Tensor, Tensor]:
+        slot = stretch.slot - SEALED * self.page_size
+        first, skip = divmod(slot, self.page_size)
+        count = -(-(skip + stretch.length) // self.page_size)
+        keys, values = (part.read(first, count).flatten(1, 2) for part in self.parts)
+        return keys[:, skip : skip + stretch.length], values[:, skip : skip + stretch.length]
+
+    def plain(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Stored K and V `(..., head_dim)` in the model's own basis."""
+        if self.codecs is None:
+            return keys, values
+        keys = rotate_channels(keys, back=True) if self.codecs.rotate_keys else keys
+        return keys, rotate_channels(values, back=True) if self.codecs.rotate_values else values
+
+    def turned(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """K and V `(..., head_dim)` in the basis they are stored in."""
+        if self.codecs is None:
+            return keys, values
+        keys = rotate_channels(keys) if self.codecs.rotate_keys else keys
+        return keys, rotate_channels(values) if self.codecs.rotate_values else values
 
     def gather(self, slots: Tensor) -> tuple[Tensor, Tensor]:
         """Copies of the named slots.

@@ -1,0 +1,82 @@
+"""The bytes of sealed pages: codes and scales of one part (K or V) of one layer. A sealed page is written once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .codec import Codec
+
+
+@dataclass(frozen=True)
+class Codecs:
+    """How a cache stores full pages.
+
+    Args:
+        keys: codec of K; 16 bits keep the model's dtype.
+        values: codec of V.
+        rotate_keys: whether K is kept in the turned basis (see `rotation.py`), open pages too.
+        rotate_values: likewise V.
+        open_first: leading pages of each row that stay open: those of the attention sinks.
+    """
+
+    keys: Codec
+    values: Codec
+    rotate_keys: bool = False
+    rotate_values: bool = False
+    open_first: int = 1
+
+    def page_bytes(self, keys: Tensor, values: Tensor, page_size: int) -> int:
+        """Bytes of one sealed page for states `(batch, kv_heads, seq, head_dim)`."""
+        parts = ((self.keys, keys), (self.values, values))
+        return sum(t.shape[1] * codec.page_bytes(page_size, t.shape[-1], t.element_size()) for codec, t in parts)
+
+
+class SealedPart:
+    """K or V of all sealed pages of one layer.
+
+    Args:
+        codec: how they are stored.
+        like: states `(batch, kv_heads, seq, head_dim)`: gives heads, size, dtype and device.
+        page_size: tokens of a page.
+        capacity: pages.
+    """
+
+    def __init__(self, codec: Codec, like: Tensor, page_size: int, capacity: int) -> None:
+        self.codec, self.dtype = codec, like.dtype
+        heads, head_dim = like.shape[1], like.shape[-1]
+        with torch.inference_mode(False):
+            shape = codec.code_shape(page_size, head_dim)
+            self.codes = like.new_zeros((heads, capacity, *shape), dtype=codec.code_dtype(like.dtype))
+            scales = codec.scale_shape(page_size, head_dim)
+            self.scales = like.new_zeros((heads, capacity, *scales), dtype=torch.float16)
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """What is held."""
+        return [self.codes, self.scales]
+
+    def moved(self, pages: list[int] | slice, capacity: int) -> tuple[Tensor, Tensor]:
+        """Codes and scales of `capacity` pages that begin with copies of the listed ones."""
+        grown = []
+        for old in self.tensors:
+            with torch.inference_mode(False):
+                new = old.new_zeros((old.shape[0], capacity, *old.shape[2:]))
+            kept = old[:, pages]
+            new[:, : kept.shape[1]] = kept
+            grown.append(new)
+        return grown[0], grown[1]
+
+    def write(self, page: int, states: Tensor) -> None:
+        """Encode `(kv_heads, pages, page_size, head_dim)` into neighbouring pages from `page` on."""
+        codes, scales = self.codec.encode(states)
+        stop = page + states.shape[1]
+        self.codes[:, page:stop] = codes
+        self.scales[:, page:stop] = scales
+
+    def read(self, page: int, count: int, dtype: torch.dtype | None = None) -> Tensor:
+        """The states of neighbouring pages, `(kv_heads, pages, page_size, head_dim)`: copies."""
+        part = slice(page, page + count)
+        return self.codec.decode(self.codes[:, part], self.scales[:, part], dtype or self.dtype)
