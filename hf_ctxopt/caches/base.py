@@ -113,6 +113,7 @@ class PageCache(DynamicCache, ABC):
             "pages": {key: sum(group["pages"][key] for group in groups) for key in ("total", "used", "shared")},
             "steps": {route: self.context.steps[route] for route in ("fused", "dense")},
             "fallbacks": dict(self.context.fallbacks),
+            "graph": dict(self.context.graph),
             "groups": groups,
         }
 

@@ -6,10 +6,15 @@ import logging
 import os
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import torch
 
 from ..pages.group import LayerGroup
 from .positions import PositionLedger
+
+if TYPE_CHECKING:
+    from .decode import DecodeState
 
 ATTENTION = "ctxopt"  # name of the fused route in transformers' attention registries
 
@@ -22,6 +27,10 @@ def debugging() -> bool:
     return os.environ.get("CTXOPT_DEBUG", "") == "1"
 
 
+class NotReplayable(Exception):
+    """A one-token step cannot be run on device state alone; the message says why. Never reaches the user."""
+
+
 @dataclass
 class CacheContext:
     """Shared by the layers of a cache.
@@ -30,6 +39,14 @@ class CacheContext:
         config: the decoder's config, whose `_attn_implementation` names the route.
         ledger: position eras.
         groups: the cache's layer groups.
+        steps: steps begun by each route.
+        fallbacks: detours from the fused route, by reason.
+        graph: captures and replays of decode graphs, and steps that ran without one, by reason.
+        decoders: device state of one-token steps, by group and device.
+        captured: the decode graph of this cache, if there is one (see `integration/decode_graph.py`).
+        warmed: the key of the step whose kernels have run once and may be captured.
+        planned: the model runs a step that was planned before (see `planned.py`).
+        trusted: its masks are not asked.
     """
 
     config: Any
@@ -37,15 +54,32 @@ class CacheContext:
     groups: list[LayerGroup] = field(default_factory=list)
     steps: Counter[str] = field(default_factory=Counter)
     fallbacks: Counter[str] = field(default_factory=Counter)
+    graph: Counter[str] = field(default_factory=Counter)
+    decoders: dict[tuple[LayerGroup, torch.device], DecodeState] = field(default_factory=dict)
+    captured: Any = None
+    warmed: Any = None
+    planned: bool = False
+    trusted: bool = False
 
     @property
     def fused(self) -> bool:
         """Whether the model runs our attention function."""
         return getattr(self.config, "_attn_implementation", None) == ATTENTION
 
+    def pass_over(self, reason: str) -> None:
+        """Count a one-token step that plain torch reads although the device has kernels; log each reason once."""
+        self._note(self.fallbacks, reason, "pages are read without kernels: %s")
+
+    def stay_eager(self, reason: str) -> None:
+        """Count a one-token step that no decode graph replays, and log each reason once per process."""
+        self._note(self.graph, f"eager: {reason}", "no decode graph: %s")
+
     def fall_back(self, reason: str) -> None:
         """Count a detour from the fused route, and log each reason once per process."""
-        self.fallbacks[reason] += 1
+        self._note(self.fallbacks, reason, "dense K/V built on the fused route: %s")
+
+    def _note(self, counter: Counter[str], reason: str, message: str) -> None:
+        counter[reason] += 1
         if reason not in _logged:
             _logged.add(reason)
-            logger.warning("dense K/V built on the fused route: %s", reason)
+            logger.warning(message, reason.removeprefix("eager: "))

@@ -9,12 +9,16 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from ..errors import ConfigError
+from ..kernels.dispatch import decode_kernels
 from ..kernels.rotate import RotaryFacts
 from ..pages.admission import admit
 from ..pages.group import LayerGroup
 from ..pages.integrity import check
-from .context import CacheContext, debugging
+from ..pages.plan import StepPlan
+from .context import CacheContext, NotReplayable, debugging
+from .decode import DecodeState
 from .handle import KVHandle
+from .planned import decode_state
 from .view import StepView
 
 
@@ -87,6 +91,8 @@ class PageLayer(CacheLayerMixin):
             InterruptedStepError: an earlier forward pass stopped between two layers.
         """
         group = self.group
+        if self.context.planned:
+            return self._planned(key_states, value_states)
         if group.begins(self.index):
             self.context.ledger.confirm(group.seen)
             if debugging():
@@ -101,18 +107,45 @@ class PageLayer(CacheLayerMixin):
         if not plan.in_place:
             view.old = [[(stretch, *storage.read(stretch, copy=True)) for stretch in row.before] for row in plan.rows]
         storage.copy_pages(plan.copies)
-        keys, values = key_states.detach(), value_states.detach()
-        for write in plan.writes:
-            part = slice(write.column, write.column + write.length)
-            storage.write(keys[write.row, :, part], values[write.row, :, part], write.slot)
+        fused = self.context.fused
+        view.decode = self._decode_state(plan, key_states) if fused else None
+        view.stored = False
+        if view.decode is None:
+            view.store()
         group.finish(self.index)
         self.is_initialized = True
-        fused = self.context.fused
         if self.index == 0 or self._leads:
             self.context.steps["fused" if fused else "dense"] += self._leads
         if fused:
             return KVHandle(view, self.context, values=False), KVHandle(view, self.context, values=True)
         return view.dense()
+
+    def _planned(self, keys: Tensor, values: Tensor) -> tuple[KVHandle, KVHandle]:
+        """Handles on a step that was planned, and is finished, by somebody else (see `planned.py`)."""
+        group, context = self.group, self.context
+        plan = group.plan
+        if plan is None:
+            raise NotReplayable("a layer stored twice in one step")
+        storage = group.storages[self.index]
+        view = StepView(
+            plan, storage, keys, values, group.policy, context.ledger, self.facts, model_window=self.own_window,
+            decode=decode_state(context, group, plan, storage), stored=False, planned=True,
+            trusted=context.trusted,
+        )  # fmt: skip
+        return KVHandle(view, context, values=False), KVHandle(view, context, values=True)
+
+    def _decode_state(self, plan: StepPlan, keys: Tensor) -> DecodeState | None:
+        """The state that kernels read this one-token step from; `None` where plain torch reads the pages."""
+        if plan.queries > 1 or not plan.in_place or decode_kernels(keys.device) is None:
+            return None
+        if torch.is_grad_enabled() and keys.requires_grad:
+            self.context.pass_over("gradients are on")
+            return None
+        try:
+            return decode_state(self.context, self.group, plan, self.group.storages[self.index])
+        except NotReplayable as reason:
+            self.context.pass_over(str(reason))
+            return None
 
     def get_seq_length(self) -> int:
         """Columns of text seen, left padding included."""
@@ -120,6 +153,9 @@ class PageLayer(CacheLayerMixin):
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """`(held + query_length, seen - held)`: the columns the dense route presents and the first one's label."""
+        plan = self.group.plan
+        if plan is not None and self.group.progress[self.index] == plan.seen:  # planned, and not run yet
+            return plan.dense_before + query_length, plan.seen - plan.dense_before
         held = self.group.dense_length() if self.group.rows else 0
         return held + query_length, self.group.seen - held
 

@@ -16,6 +16,8 @@ from ..pages.group import Retention
 from ..pages.plan import RowStep, StepPlan
 from ..pages.rows import Stretch
 from ..pages.storage import LayerStorage
+from .context import NotReplayable
+from .decode import DecodeState
 from .positions import PositionLedger
 
 
@@ -43,6 +45,10 @@ class StepView:
         facts: how the model rotates; `None` where keys carry no rotation.
         model_window: the model's own mask says all there is to say about this layer's window.
         old: per row, copies of the tokens held before, for a step that is not in place.
+        decode: device state that kernels read this one-token step from; `None` where plain torch reads the pages.
+        stored: whether the new states are in the pages; the kernels store them together with the attention.
+        planned: the step must run on kernels alone; a detour raises `NotReplayable`.
+        trusted: the masks are known to show everything the pages hold.
     """
 
     plan: StepPlan
@@ -54,6 +60,22 @@ class StepView:
     facts: RotaryFacts | None
     model_window: bool = False
     old: list[list[tuple[Stretch, Tensor, Tensor]]] | None = None
+    decode: DecodeState | None = None
+    stored: bool = True
+    planned: bool = False
+    trusted: bool = False
+
+    def store(self) -> None:
+        """Write the new states into the pages, unless they are there."""
+        if self.stored:
+            return
+        if self.planned:
+            raise NotReplayable("a layer's mask hides held tokens, or the model reads cached states by itself")
+        keys, values = self.storage.turned(self.keys.detach(), self.values.detach())
+        for write in self.plan.writes:
+            part = slice(write.column, write.column + write.length)
+            self.storage.write(keys[write.row, :, part], values[write.row, :, part], write.slot)
+        self.stored = True
 
     @property
     def length(self) -> int:
@@ -81,6 +103,11 @@ class StepView:
         Returns:
             `(batch, heads, queries, value_dim)`; zeros in padding columns.
         """
+        if self.decode is not None and (self.trusted or self._shows_all(mask)):
+            self.stored = True
+            states = self.keys.detach(), self.values.detach()
+            return self.decode.attend(query, *states, self.storage, self.facts, scaling, softcap, sink_logits)
+        self.store()
         rows = []
         for index, row in enumerate(self.plan.rows):
             count = row.stop - row.start
@@ -152,6 +179,16 @@ class StepView:
         cos, sin = memo[key]
         return turn(query, cos, sin, self.facts)
 
+    def _shows_all(self, mask: Mask | None) -> bool:
+        """Whether a one-token step's queries see every token the pages hold for them."""
+        if self._plain(mask):
+            return True
+        for index, row in enumerate(self.plan.rows):
+            tokens = [range(part.token, part.token + part.length) for part in row.after]
+            if tokens and self._visible(index, row, tokens, mask, 0, 1) is not None:
+                return False
+        return True
+
     def _plain(self, mask: Mask | None) -> bool:
         return mask is None or mask.plain([row.pad for row in self.plan.rows])
 
@@ -193,6 +230,7 @@ class StepView:
 
     def dense(self) -> tuple[Tensor, Tensor]:
         """K and V as stock attention wants them, `(batch, kv_heads, length, head_dim)`, rows right-aligned."""
+        self.store()
         if self.plan.dense_before == 0:
             return self.keys, self.values
         key = ("dense", self.facts is None)  # a model may rotate some layers only (SmolLM3)

@@ -16,7 +16,7 @@ from ..errors import CompatibilityError
 
 PREPARE_CACHE = "_prepare_cache_for_generation"
 _PREPARE_ARGUMENTS = ("generation_config", "model_kwargs", "generation_mode", "batch_size", "max_cache_length")
-_CACHE_NAMES = ("cache", "past_key_values")  # since transformers 5.24, and before it
+CACHE_NAMES = ("cache", "past_key_values")  # since transformers 5.24, and before it
 _LAYER_METHODS = ("update", "get_mask_sizes", "get_seq_length", "get_max_length", "reset", "reorder_cache")
 
 
@@ -33,7 +33,7 @@ def _need(found: bool, what: str) -> None:
 def cache_argument(function: Callable[..., Any]) -> str | None:
     """Name of the parameter that takes the cache; `None` if there is none. Remote code may still use the old name."""
     names = inspect.signature(function).parameters
-    return next((name for name in _CACHE_NAMES if name in names), None)
+    return next((name for name in CACHE_NAMES if name in names), None)
 
 
 @functools.cache
@@ -48,7 +48,7 @@ def generate_argument() -> str:
 
 def cache_in(arguments: Mapping[str, Any]) -> Any:
     """The cache among the arguments of a call or the fields of an output; `None` if there is none."""
-    return next((arguments[name] for name in _CACHE_NAMES if arguments.get(name) is not None), None)
+    return next((arguments[name] for name in CACHE_NAMES if arguments.get(name) is not None), None)
 
 
 def check_configuration(module: ModuleType) -> None:

@@ -11,8 +11,9 @@ from torch import nn
 from transformers.modeling_utils import PreTrainedModel
 
 from ..caches.context import ATTENTION
-from ..errors import UnsupportedModelError
+from ..errors import ConfigError, UnsupportedModelError
 from .build import parse_options, unwrap
+from .decode_graph import DecodeGraph
 from .record import ATTRIBUTE, PatchRecord, record_of
 from .register import register
 
@@ -20,7 +21,9 @@ logger = logging.getLogger(__name__)
 _Model = TypeVar("_Model", bound=nn.Module)
 
 
-def patch_model(model: _Model, cache: str = "ctx_paged", **options: Any) -> _Model:
+def patch_model(
+    model: _Model, cache: str = "ctx_paged", *, graph: bool = True, compile: bool = False, **options: Any
+) -> _Model:
     """Make `generate` use one of our caches by default, and attention read its pages.
 
     A second patch replaces the first. Nothing is changed if an argument is bad.
@@ -28,6 +31,8 @@ def patch_model(model: _Model, cache: str = "ctx_paged", **options: Any) -> _Mod
     Args:
         model: a transformers model that can generate, or a PEFT model around one.
         cache: name of the default cache.
+        graph: on a GPU, replay decode steps as CUDA graphs (see `decode_graph.py`).
+        compile: put the graph's body through `torch.compile`: a minute at the first step, faster ones afterwards.
         **options: the cache's options.
 
     Returns:
@@ -37,17 +42,21 @@ def patch_model(model: _Model, cache: str = "ctx_paged", **options: Any) -> _Mod
         ConfigError: an unknown cache or option, or a value out of range.
         UnsupportedModelError: not a transformers model that generates.
     """
+    for name, flag in (("graph", graph), ("compile", compile)):
+        if not isinstance(flag, bool):
+            raise ConfigError(name, flag, "True or False")
+    if compile and not graph:
+        raise ConfigError("compile", compile, "False without graph=True: only the body of a decode graph is compiled")
     parsed = parse_options(cache, options)
     inner = unwrap(model)
     if not isinstance(inner, PreTrainedModel) or not inner.can_generate():
         raise UnsupportedModelError(f"{type(inner).__name__} is not a transformers model with generate()")
     unpatch_model(model)
     register()
-    record = PatchRecord(cache, parsed, fused=_can_fuse(inner))
+    record = PatchRecord(cache, parsed, fused=_can_fuse(inner), graph=graph, compiled=compile)
     if record.fused:
         record.attention = [(config, config._attn_implementation_internal) for config in _configs(inner)]
-        inner.set_attn_implementation(ATTENTION)
-    setattr(inner, ATTRIBUTE, record)
+    _apply(inner, record)
     return model
 
 
@@ -62,6 +71,8 @@ def unpatch_model(model: _Model) -> _Model:
     if record is not None:
         for config, implementation in record.attention:
             config._attn_implementation_internal = implementation
+        if isinstance(vars(inner).get("forward"), DecodeGraph):
+            del inner.forward
         delattr(inner, ATTRIBUTE)
     return model
 
@@ -76,14 +87,16 @@ def patched(model: _Model, cache: str = "ctx_paged", **options: Any) -> Iterator
     finally:
         unpatch_model(model)
         if before is not None:
-            _restore(model, before)
+            _apply(unwrap(model), before)
 
 
-def _restore(model: nn.Module, record: PatchRecord) -> None:
-    inner: Any = unwrap(model)
+def _apply(model: Any, record: PatchRecord) -> None:
     if record.fused:
-        inner.set_attn_implementation(ATTENTION)
-    setattr(inner, ATTRIBUTE, record)
+        model.set_attn_implementation(ATTENTION)
+    # A `forward` that somebody else has put there (accelerate's hooks) stays, and its steps run eagerly.
+    if record.fused and record.graph and "forward" not in vars(model):
+        model.forward = DecodeGraph(model, record.compiled)
+    setattr(model, ATTRIBUTE, record)
 
 
 def _can_fuse(model: PreTrainedModel) -> bool:

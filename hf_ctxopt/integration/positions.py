@@ -104,8 +104,8 @@ def rebase_positions(
     if isinstance(cache, EncoderDecoderCache):
         cache = cache.self_attention_cache
     inputs = given.get("input_ids") if given.get("input_ids") is not None else given.get("inputs_embeds")
-    if not isinstance(cache, PageCache) or inputs is None:
-        return None
+    if not isinstance(cache, PageCache) or inputs is None or cache.context.planned:
+        return None  # a planned step comes with the positions it wants
     seen, queries = cache.get_seq_length(), inputs.shape[1]
     if not seen:
         _learn_padding(cache, given.get("attention_mask"))

@@ -18,12 +18,16 @@ class PatchRecord:
         cache: name of the cache that `generate` uses by default.
         options: its validated options.
         fused: whether attention was switched to the fused route.
+        graph: whether decode steps are replayed as CUDA graphs.
+        compiled: whether the replayed body goes through `torch.compile`.
         attention: each config whose attention implementation was switched, and what it was.
     """
 
     cache: str
     options: PageOptions
     fused: bool
+    graph: bool = True
+    compiled: bool = False
     attention: list[tuple[Any, str | None]] = field(default_factory=list)
 
 

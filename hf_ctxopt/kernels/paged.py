@@ -69,6 +69,26 @@ class PagedStates:
         return 0 if self.sealed is None else self.sealed.k_bits
 
 
+PAGE_SIZES = (16, 32, 64, 128)
+"""Page sizes that the kernels read."""
+
+
+def refusal(raw_keys: Tensor, bits: tuple[int, int] | None) -> str | None:
+    """Why the kernels cannot read a layer's pages; `None` if they can.
+
+    Args:
+        raw_keys: `(kv_heads, pages, page_size, key_dim)`.
+        bits: of sealed K and V; `None` where pages are never sealed.
+    """
+    if raw_keys.shape[2] not in PAGE_SIZES:
+        return f"page_size {raw_keys.shape[2]} is not one of {PAGE_SIZES}"
+    if raw_keys.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        return f"{raw_keys.dtype} states"
+    if bits is not None and any(part not in (8, 4, 2) for part in bits):
+        return f"K at {bits[0]} and V at {bits[1]} bits: both or none must be quantized"
+    return None
+
+
 def variants_of(rows: Tensor) -> int:
     """How many query variants the row state describes."""
     variants, rest = divmod(rows.shape[1] - HEADER, 2)

@@ -170,6 +170,11 @@ class LayerGroup:
         if all(seen == self.seen for seen in self.progress.values()):
             self.plan = None
 
+    def finish_all(self) -> None:
+        """All layers have stored their new tokens."""
+        self.progress = dict.fromkeys(self.layers, self.seen)
+        self.plan = None
+
     def _begin(self, request: StepRequest) -> StepPlan:
         self.request, self.rows = None, request.rows
         plan = StepPlan(self.seen, request.queries, request.in_place, self.dense_length())

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .pool import SEALED
-from .rotation import rotate_channels
+from .rotation import rotate_channels, rotation_matrix
 from .rows import Stretch
 from .sealed import Codecs, SealedPart
 
@@ -52,6 +52,16 @@ class LayerStorage:
     def sealed_capacity(self) -> int:
         """Sealed pages allocated."""
         return self.parts[0].codes.shape[1] if self.parts else 0
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Open and sealed pages allocated."""
+        return self.capacity, self.sealed_capacity
+
+    @property
+    def codec_bits(self) -> tuple[int, int] | None:
+        """Bits of sealed K and V; `None` where pages are never sealed."""
+        return None if self.codecs is None else (self.codecs.keys.bits, self.codecs.values.bits)
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -151,6 +161,15 @@ class LayerStorage:
         count = -(-(skip + stretch.length) // self.page_size)
         keys, values = (part.read(first, count).flatten(1, 2) for part in self.parts)
         return keys[:, skip : skip + stretch.length], values[:, skip : skip + stretch.length]
+
+    @property
+    def bases(self) -> tuple[Tensor | None, Tensor | None]:
+        """The bases that K and V are stored in, `(head_dim, head_dim)`; `None` for the model's own."""
+        if self.codecs is None:
+            return None, None
+        asked = ((self.keys, self.codecs.rotate_keys), (self.values, self.codecs.rotate_values))
+        keys, values = (rotation_matrix(t.shape[-1], t.device, t.dtype) if turn else None for t, turn in asked)
+        return keys, values
 
     def plain(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Stored K and V `(..., head_dim)` in the model's own basis."""

@@ -1,0 +1,97 @@
+"""Capturing one function of token ids and positions as a CUDA graph."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .compat import CACHE_NAMES
+
+
+class Capture:
+    """A captured forward pass with its fixed inputs and outputs.
+
+    Args:
+        graph: the graph; anything with `replay()`.
+        ids: `(batch, 1)`, read by the graph.
+        positions: `(batch, 1)`, read by the graph.
+        output: what the forward pass returned, overwritten by each replay.
+        key: what the graph depends on besides the contents of its buffers.
+    """
+
+    def __init__(self, graph: Any, ids: Tensor, positions: Tensor, output: Any, key: tuple[Any, ...]) -> None:
+        self._graph, self._ids, self._positions, self._output, self.key = graph, ids, positions, output, key
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> None:
+        return None  # a copied cache has other storages
+
+    def replay(self, ids: Tensor, positions: Tensor, base: int, cache: Any) -> Any:
+        """Run the step.
+
+        Args:
+            ids: `(batch, 1)`.
+            positions: `(batch, 1)` or `(1, 1)`, of the text.
+            base: what the model's positions count from.
+            cache: what the output names as its cache.
+
+        Returns:
+            The model's output, in tensors of its own.
+        """
+        self._ids.copy_(ids)
+        self._positions.copy_(positions - base if base else positions)
+        self._graph.replay()
+        fields = {
+            name: cache if name in CACHE_NAMES else value.clone() if isinstance(value, Tensor) else value
+            for name, value in self._output.items()
+        }
+        return type(self._output)(**fields)
+
+
+def capture(
+    body: Callable[[Tensor, Tensor], Any], ids: Tensor, positions: Tensor, key: tuple[Any, ...], warm: bool = False
+) -> Capture:
+    """Capture `body(ids, positions)`.
+
+    Args:
+        body: the forward pass; it must do device work only, and the same whatever its inputs hold.
+        ids: `(batch, 1)`.
+        positions: `(batch, 1)` or `(1, 1)`.
+        key: see `Capture`.
+        warm: whether to run `body` once before, where it compiles itself.
+
+    Raises:
+        RuntimeError: CUDA refuses to capture something that `body` does.
+    """
+    with torch.inference_mode(False):
+        held_ids, held_positions = ids.clone(), positions.expand(ids.shape[0], 1).clone()
+    graph = torch.cuda.CUDAGraph()
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream), _no_collection():
+        if warm:
+            body(held_ids, held_positions)
+            torch.cuda.synchronize()
+        graph.capture_begin(capture_error_mode="thread_local")
+        try:
+            output = body(held_ids, held_positions)
+        finally:
+            graph.capture_end()
+    torch.cuda.current_stream().wait_stream(stream)
+    return Capture(graph, held_ids, held_positions, output, key)
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """No garbage collection: freeing somebody's CUDA tensor inside a capture would break it."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()

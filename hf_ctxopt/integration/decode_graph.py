@@ -1,0 +1,178 @@
+"""One-token steps as replays of a captured CUDA graph.
+
+A decode step of a small batch is bound by the launches of its kernels, not by the GPU. `patch_model` puts a
+`DecodeGraph` in the place of the model's `forward`. It passes everything on but the one-token steps of our caches on a
+GPU: those are planned on the host (`caches/planned.py`), their state is written to fixed device buffers, and the whole
+forward pass is replayed as one graph. Whatever a graph cannot hold runs as before, counted in `cache.stats()["graph"]`.
+
+A graph is bound to one cache's storages. The first step of a batch size runs eagerly and warms the kernels up, the
+second captures; growth of the pages captures anew.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..caches.base import PageCache
+from ..caches.context import NotReplayable, debugging
+from ..caches.decode import DecodeState
+from ..caches.planned import finish_step, plan_step, running
+from ..errors import IntegrityError
+from .capture import Capture, capture
+from .compat import cache_in
+from .graph_rules import Step, read_step, refusal
+
+_CLOSE = {torch.float32: 1e-3}  # largest difference of replay and eager run, relative to the largest logit
+_CLOSE_HALF = 3e-2
+
+
+class DecodeGraph:
+    """A model's `forward`, with decode steps replayed.
+
+    Args:
+        model: the model; kept weakly, as it keeps this object.
+        compiled: whether the captured body goes through `torch.compile`.
+    """
+
+    def __init__(self, model: nn.Module, compiled: bool = False) -> None:
+        self._model, self.compiled = weakref.ref(model), compiled
+        self._checked = False  # a replay has been compared with an eager run
+        self._barred: str | None = None  # why this model's steps are not captured
+        self._body: Callable[..., Any] | None = None
+        self.__signature__ = inspect.signature(functools.partial(type(model).forward, model))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self._model(), self.compiled)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> DecodeGraph:
+        model = self._alive()
+        return DecodeGraph(memo.get(id(model), model), self.compiled)
+
+    def _alive(self) -> nn.Module:
+        model = self._model()
+        if model is None:
+            raise ReferenceError("the model of this decode graph is gone")
+        return model
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        model = self._alive()
+        forward = functools.partial(type(model).forward, model)
+        cache = cache_in(kwargs)
+        if not isinstance(cache, PageCache) or not self._is_decode_step(cache, kwargs):
+            return forward(*args, **kwargs)
+        step = read_step(cache, args, kwargs)
+        if self._barred is not None or isinstance(step, str):
+            cache.context.stay_eager(self._barred or str(step))
+            return forward(*args, **kwargs)
+        try:
+            return self._decode(model, cache, step)
+        except NotReplayable as reason:
+            self._barred = refusal(model) if self._barred is None else self._barred
+            cache.context.stay_eager(str(reason))
+            return forward(*args, **kwargs)  # goes on with the step if it has been planned
+
+    @staticmethod
+    def _is_decode_step(cache: PageCache, kwargs: dict[str, Any]) -> bool:
+        ids = kwargs.get("input_ids")
+        return (
+            isinstance(ids, Tensor)
+            and ids.shape[-1] == 1
+            and cache.get_seq_length() > 0
+            and cache.context.fused
+            and ids.device.type == DEVICE_TYPE
+        )
+
+    def _decode(self, model: nn.Module, cache: PageCache, step: Step) -> Any:
+        context = cache.context
+        base = context.ledger.open(cache.get_seq_length(), 1) if cache.guard is not None else 0
+        states = plan_step(cache, step.ids.shape[0])
+        key = _key(model, cache, states, step)
+        held: Capture | None = context.captured
+        if held is None or held.key != key:
+            if context.warmed != key:
+                barred = refusal(model)
+                if barred is not None:
+                    raise NotReplayable(barred)
+                context.captured, context.warmed = None, key  # the old graph's memory goes before the new one's comes
+                context.graph["warm-ups"] += 1
+                output = self._run(model, cache, step, base, trusted=False)
+                finish_step(cache)
+                return output
+            held = self._capture(model, cache, step, base, key)
+        expected = None
+        if debugging() or not self._checked:
+            expected = self._run(model, cache, step, base, trusted=True)
+        output = held.replay(step.ids, step.positions, base, cache)
+        if expected is not None:
+            self._compare(expected, output)
+        finish_step(cache)
+        context.graph["replays"] += 1
+        return output
+
+    def _run(self, model: nn.Module, cache: PageCache, step: Step, base: int, trusted: bool) -> Any:
+        """The planned step as an ordinary run."""
+        with running(cache.context, trusted):
+            forward = functools.partial(type(model).forward, model)
+            return forward(**step.arguments(step.ids, step.positions - base, cache))
+
+    def _capture(self, model: nn.Module, cache: PageCache, step: Step, base: int, key: tuple[Any, ...]) -> Capture:
+        context = cache.context
+        forward = self._compiled(model) if self.compiled else functools.partial(type(model).forward, model)
+
+        def body(ids: Tensor, positions: Tensor) -> Any:
+            with running(context, trusted=True):
+                return forward(**step.arguments(ids, positions, cache))
+
+        try:
+            held = capture(body, step.ids, step.positions - base, key, warm=self.compiled)
+        except NotReplayable:
+            raise
+        except RuntimeError as error:  # the model does something during its forward pass that no graph can hold
+            self._barred = f"{type(model).__name__} cannot be captured ({_first_line(error)})"
+            raise NotReplayable(self._barred) from error
+        context.captured = held
+        context.graph["captures"] += 1
+        return held
+
+    def _compiled(self, model: nn.Module) -> Callable[..., Any]:
+        if self._body is None:
+            self._body = torch.compile(functools.partial(type(model).forward, model), dynamic=False)
+        return self._body
+
+    def _compare(self, expected: Any, found: Any) -> None:
+        """The first replay, and with `CTXOPT_DEBUG=1` every one, must give what an eager run of the step gives."""
+        want, got = expected.logits.float(), found.logits.float()
+        difference = float((want - got).abs().max() / want.abs().max().clamp_min(1e-6))
+        if difference <= _CLOSE.get(expected.logits.dtype, _CLOSE_HALF):
+            self._checked = True
+            return
+        message = f"the replayed step's logits differ from the eager ones by {difference:.2g} of the largest"
+        if debugging():
+            raise IntegrityError(message)
+        self._barred = message
+        raise NotReplayable(message)
+
+
+DEVICE_TYPE = "cuda"
+"""Steps on other devices are passed on at once; tests that stand in for a GPU change it."""
+
+
+def _key(model: Any, cache: PageCache, states: list[DecodeState], step: Step) -> tuple[Any, ...]:
+    """What a graph depends on besides the contents of its buffers: their addresses, above all."""
+    parameters = [next(model.parameters()), model.get_output_embeddings()]
+    places = [id(model), *(getattr(part, "weight", part).data_ptr() for part in parameters if part is not None)]
+    for group, state in zip(cache.context.groups, states, strict=True):
+        first = group.storages[group.layers[0]]
+        places += [id(state), *(tensor.data_ptr() for tensor in first.tensors), *first.shape]
+    return (step.ids.shape[0], step.extra, *places)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -1,0 +1,103 @@
+"""What a decode graph can hold: which calls, and which models."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..caches.base import PageCache
+from .compat import CACHE_NAMES
+from .positions import rebase_positions
+from .rope import decoder_of, takes_positions
+
+_IGNORED = {"use_cache": True, "return_dict": True, "output_attentions": False, "output_hidden_states": False}
+_ONE_TOKEN = ("logits_to_keep", "num_logits_to_keep", "cache_position", "next_sequence_length")
+_LAYERS = {"full_attention", "sliding_attention"}
+
+
+@dataclass(frozen=True)
+class Step:
+    """A call of `forward` for one token of each row.
+
+    Args:
+        ids: `(batch, 1)`.
+        positions: `(batch, 1)` or `(1, 1)`, of the text.
+        cache_name: the parameter that takes the cache.
+        extra: further arguments, constant and hashable.
+    """
+
+    ids: Tensor
+    positions: Tensor
+    cache_name: str
+    extra: tuple[tuple[str, Any], ...] = ()
+
+    def arguments(self, ids: Tensor, positions: Tensor, cache: PageCache) -> dict[str, Any]:
+        """The call's arguments with other inputs. No mask: pages never hold padding."""
+        return {
+            "input_ids": ids, "position_ids": positions, "attention_mask": None, self.cache_name: cache,
+            "use_cache": True, **dict(self.extra),
+        }  # fmt: skip
+
+
+def read_step(cache: PageCache, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Step | str:
+    """The step that a call asks for, or why no graph can hold it."""
+    ids: Tensor = kwargs["input_ids"]
+    if args:
+        return "positional arguments"
+    if torch.is_grad_enabled():
+        return "gradients are on"
+    extra = []
+    for name, value in kwargs.items():
+        if name in ("input_ids", "attention_mask", "position_ids", *CACHE_NAMES, *_ONE_TOKEN) or value is None:
+            continue
+        if name in _IGNORED and bool(value) == _IGNORED[name]:
+            continue
+        if isinstance(value, bool) and name not in _IGNORED:
+            extra.append((name, value))
+            continue
+        return f"the argument {name}"
+    seen = cache.get_seq_length()
+    if not _only_padding(cache, kwargs.get("attention_mask"), ids.shape[0], seen + 1):
+        return "an attention mask that is not plain left padding"
+    positions = kwargs.get("position_ids")
+    if positions is None:
+        positions = torch.full((1, 1), seen, dtype=torch.long, device=ids.device)
+    if positions.dim() != 2:
+        return f"position_ids of {positions.dim()} dimensions"
+    name = next(name for name in CACHE_NAMES if kwargs.get(name) is not None)
+    return Step(ids, positions, name, tuple(sorted(extra)))
+
+
+def _only_padding(cache: PageCache, mask: Any, batch: int, columns: int) -> bool:
+    """Whether the mask hides the cache's own padding columns and nothing else. Asks the device once."""
+    if mask is None:
+        return True
+    if not isinstance(mask, Tensor) or mask.shape != (batch, columns):
+        return False
+    pads = cache.context.groups[0].pads or [0] * batch
+    first = torch.tensor(pads, device=mask.device)[:, None]
+    return bool(((torch.arange(columns, device=mask.device) >= first) == mask.bool()).all())
+
+
+def refusal(model: nn.Module) -> str | None:
+    """Why this model's decode steps cannot be captured; `None` if they may be."""
+    config: Any = model.config
+    text = config.get_text_config(decoder=True)
+    kinds = set(getattr(text, "layer_types", None) or []) - _LAYERS
+    if kinds or getattr(text, "attention_chunk_size", None):
+        return f"layers of type {', '.join(sorted(kinds)) or 'chunked_attention'}"
+    if not takes_positions(decoder_of(model)):
+        return f"{type(model).__name__} takes no position_ids"
+    devices = {str(part.device) for part in model.parameters()}
+    if len(devices) > 1:
+        return f"the model lies on {', '.join(sorted(devices))}"
+    if model.training:
+        return "the model is in training mode"
+    for name, module in model.named_modules():
+        hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+        if any(hook is not rebase_positions for hook in hooks) or hasattr(module, "_hf_hook"):
+            return f"a hook on {name or type(model).__name__}"
+    return None

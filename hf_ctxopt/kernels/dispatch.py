@@ -1,0 +1,61 @@
+"""Which kernels serve a device, decided in one place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+from .paged import PagedStates
+
+
+@dataclass(frozen=True)
+class DecodeKernels:
+    """The kernels of a one-token step.
+
+    Args:
+        name: for `stats()`.
+        append: stores the new states and turns the queries; see `append.append_reference`.
+        decode: attention over a page table; see `paged.decode_reference`.
+        workspace_bytes: scratch memory that `decode` needs for these tensors and a table of so many columns.
+        seal: encodes full pages; `None` where the codec's own torch functions do.
+    """
+
+    name: str
+    append: Callable[..., Tensor]
+    decode: Callable[..., Tensor]
+    workspace_bytes: Callable[[Tensor, PagedStates, int], int]
+
+
+def decode_kernels(device: torch.device) -> DecodeKernels | None:
+    """The kernels for one-token steps on `device`; `None` where plain torch reads the pages (see `why_not`)."""
+    return None if why_not(device) is not None else _triton_kernels()
+
+
+def why_not(device: torch.device) -> str | None:
+    """Why there are no kernels for `device`; `None` if there are."""
+    if device.type != "cuda":
+        return f"there are no kernels for {device.type}"
+    if not _has_triton():
+        return "triton is not installed"
+    return None
+
+
+@cache
+def _has_triton() -> bool:
+    return find_spec("triton") is not None
+
+
+@cache
+def _triton_kernels() -> DecodeKernels:
+    from .append_triton import append
+    from .paged_triton import decode, workspace_bytes
+
+    def scratch(query: Tensor, pages: PagedStates, entries: int) -> int:
+        return workspace_bytes(query, pages, entries, False)
+
+    return DecodeKernels("triton", append, decode, scratch)
