@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
+import torch
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from ..errors import ConfigError, InterruptedStepError, UnsupportedModelError
@@ -91,6 +92,11 @@ class PageCache(DynamicCache, ABC):
     def evicts(self, policy: SinkWindow) -> bool:
         """Whether a group drops tokens that the model itself would still attend to."""
         return False
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def update(self, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        """`Cache.update`; compiled layers break here, because a step is planned on the host."""
+        return super().update(*args, **kwargs)
 
     # ---- figures
 

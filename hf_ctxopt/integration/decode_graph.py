@@ -14,7 +14,7 @@ from __future__ import annotations
 import functools
 import inspect
 import weakref
-from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ from ..caches.planned import finish_step, plan_step, running
 from ..errors import IntegrityError
 from .capture import Capture, capture
 from .compat import cache_in
+from .compiled import CompiledLayers
 from .graph_rules import Step, read_step, refusal
 
 _CLOSE = {torch.float32: 1e-3}  # largest difference of replay and eager run, relative to the largest logit
@@ -45,7 +46,7 @@ class DecodeGraph:
         self._model, self.compiled = weakref.ref(model), compiled
         self._checked = False  # a replay has been compared with an eager run
         self._barred: str | None = None  # why this model's steps are not captured
-        self._body: Callable[..., Any] | None = None
+        self._layers = CompiledLayers() if compiled else None
         self.__signature__ = inspect.signature(functools.partial(type(model).forward, model))
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -124,14 +125,16 @@ class DecodeGraph:
 
     def _capture(self, model: nn.Module, cache: PageCache, step: Step, base: int, key: tuple[Any, ...]) -> Capture:
         context = cache.context
-        forward = self._compiled(model) if self.compiled else functools.partial(type(model).forward, model)
+        forward = functools.partial(type(model).forward, model)
+        layers = nullcontext() if self._layers is None else self._layers.inside(model)
 
         def body(ids: Tensor, positions: Tensor) -> Any:
             with running(context, trusted=True):
                 return forward(**step.arguments(ids, positions, cache))
 
         try:
-            held = capture(body, step.ids, step.positions - base, key, warm=self.compiled)
+            with layers:
+                held = capture(body, step.ids, step.positions - base, key, warm=self.compiled)
         except NotReplayable:
             raise
         except RuntimeError as error:  # the model does something during its forward pass that no graph can hold
@@ -140,11 +143,6 @@ class DecodeGraph:
         context.captured = held
         context.graph["captures"] += 1
         return held
-
-    def _compiled(self, model: nn.Module) -> Callable[..., Any]:
-        if self._body is None:
-            self._body = torch.compile(functools.partial(type(model).forward, model), dynamic=False)
-        return self._body
 
     def _compare(self, expected: Any, found: Any) -> None:
         """The first replay, and with `CTXOPT_DEBUG=1` every one, must give what an eager run of the step gives."""

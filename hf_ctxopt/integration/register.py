@@ -89,7 +89,8 @@ def _add_attention(module: ModuleType) -> None:
     from .compat import check_registry
 
     check_registry(module.AttentionInterface, "AttentionInterface")
-    module.AttentionInterface.register(_ATTENTION, _attention)
+    # Compiled layers (`compiled.py`) break at our attention: it reads state that the host has planned.
+    module.AttentionInterface.register(_ATTENTION, sys.modules["torch"].compiler.disable(_attention))
 
 
 def _remove_attention(module: ModuleType) -> None:
