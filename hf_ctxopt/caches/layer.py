@@ -109,7 +109,7 @@ class PageLayer(CacheLayerMixin):
         storage.copy_pages(plan.copies)
         fused = self.context.fused
         view.decode = self._decode_state(plan, key_states) if fused else None
-        view.stored = False
+        view.written = False
         if view.decode is None:
             view.store()
         group.finish(self.index)
@@ -129,7 +129,7 @@ class PageLayer(CacheLayerMixin):
         storage = group.storages[self.index]
         view = StepView(
             plan, storage, keys, values, group.policy, context.ledger, self.facts, model_window=self.own_window,
-            decode=decode_state(context, group, plan, storage), stored=False, planned=True,
+            decode=decode_state(context, group, plan, storage), written=False, planned=True,
             trusted=context.trusted,
         )  # fmt: skip
         return KVHandle(view, context, values=False), KVHandle(view, context, values=True)

@@ -46,7 +46,7 @@ class StepView:
         model_window: the model's own mask says all there is to say about this layer's window.
         old: per row, copies of the tokens held before, for a step that is not in place.
         decode: device state that kernels read this one-token step from; `None` where plain torch reads the pages.
-        stored: whether the new states are in the pages; the kernels store them together with the attention.
+        written: whether the new states are in the pages; the kernels store them together with the attention.
         planned: the step must run on kernels alone; a detour raises `NotReplayable`.
         trusted: the masks are known to show everything the pages hold.
     """
@@ -61,13 +61,13 @@ class StepView:
     model_window: bool = False
     old: list[list[tuple[Stretch, Tensor, Tensor]]] | None = None
     decode: DecodeState | None = None
-    stored: bool = True
+    written: bool = True
     planned: bool = False
     trusted: bool = False
 
     def store(self) -> None:
         """Write the new states into the pages, unless they are there."""
-        if self.stored:
+        if self.written:
             return
         if self.planned:
             raise NotReplayable("a layer's mask hides held tokens, or the model reads cached states by itself")
@@ -75,7 +75,7 @@ class StepView:
         for write in self.plan.writes:
             part = slice(write.column, write.column + write.length)
             self.storage.write(keys[write.row, :, part], values[write.row, :, part], write.slot)
-        self.stored = True
+        self.written = True
 
     @property
     def length(self) -> int:
@@ -104,7 +104,7 @@ class StepView:
             `(batch, heads, queries, value_dim)`; zeros in padding columns.
         """
         if self.decode is not None and (self.trusted or self._shows_all(mask)):
-            self.stored = True
+            self.written = True
             states = self.keys.detach(), self.values.detach()
             return self.decode.attend(query, *states, self.storage, self.facts, scaling, softcap, sink_logits)
         self.store()
