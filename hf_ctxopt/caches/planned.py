@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -53,7 +54,7 @@ def plan_step(cache: PageCache, batch: int) -> list[DecodeState]:
                 check(group, strict=True)
             admit(context.groups, group, keys, values)
         plan = group.step(first, keys, values)
-        for storage in group.storages.values():
+        for storage in group.storages.values() if plan.copies else ():
             storage.copy_pages(plan.copies)
         states.append(decode_state(context, group, plan, group.storages[first]))
     return states
@@ -120,9 +121,15 @@ def _usual_variants(group: LayerGroup) -> int:
     return 2 if group.policy.sinks and group.policy.most_held is not None else 1
 
 
+@lru_cache(maxsize=64)
+def _meta(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
 def _like(storage: LayerStorage, batch: int) -> tuple[Tensor, Tensor]:
     """Tensors without data in the shape of one token's states."""
-    found = []
-    for part in (storage.keys, storage.values):
-        found.append(torch.empty(batch, part.shape[0], 1, part.shape[-1], dtype=part.dtype, device="meta"))
-    return found[0], found[1]
+    keys, values = storage.keys, storage.values
+    return (
+        _meta((batch, keys.shape[0], 1, keys.shape[-1]), keys.dtype),
+        _meta((batch, values.shape[0], 1, values.shape[-1]), values.dtype),
+    )

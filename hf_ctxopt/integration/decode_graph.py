@@ -30,8 +30,9 @@ from .compat import cache_in
 from .compiled import CompiledLayers
 from .graph_rules import Step, read_step, refusal
 
-_CLOSE = {torch.float32: 1e-3}  # largest difference of replay and eager run, relative to the largest logit
-_CLOSE_HALF = 3e-2
+# Largest difference of a replay and an eager run, as a share of the logits' norm. What a graph has taken from the host
+# by mistake changes them altogether; compiled layers round at other places.
+_CLOSE, _CLOSE_HALF, _CLOSE_COMPILED = 1e-3, 3e-2, 1e-1
 
 
 class DecodeGraph:
@@ -94,6 +95,8 @@ class DecodeGraph:
         context = cache.context
         base = context.ledger.open(cache.get_seq_length(), 1) if cache.guard is not None else 0
         states = plan_step(cache, step.ids.shape[0])
+        if step.plain is not None and not bool(step.plain):
+            raise NotReplayable("an attention mask that hides more than left padding")
         key = _key(model, cache, states, step)
         held: Capture | None = context.captured
         if held is None or held.key != key:
@@ -147,11 +150,12 @@ class DecodeGraph:
     def _compare(self, expected: Any, found: Any) -> None:
         """The first replay, and with `CTXOPT_DEBUG=1` every one, must give what an eager run of the step gives."""
         want, got = expected.logits.float(), found.logits.float()
-        difference = float((want - got).abs().max() / want.abs().max().clamp_min(1e-6))
-        if difference <= _CLOSE.get(expected.logits.dtype, _CLOSE_HALF):
+        difference = float((want - got).norm() / want.norm().clamp_min(1e-6))
+        close = _CLOSE if expected.logits.dtype == torch.float32 else _CLOSE_HALF
+        if difference <= max(close, _CLOSE_COMPILED if self.compiled else 0):
             self._checked = True
             return
-        message = f"the replayed step's logits differ from the eager ones by {difference:.2g} of the largest"
+        message = f"the replayed step's logits differ from the eager ones by {difference:.2g} of their norm"
         if debugging():
             raise IntegrityError(message)
         self._barred = message

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,12 +28,15 @@ class Step:
         positions: `(batch, 1)` or `(1, 1)`, of the text.
         cache_name: the parameter that takes the cache.
         extra: further arguments, constant and hashable.
+        plain: bool on the device, whether the mask hides padding and nothing else; `None` if there is no mask. Asked
+            after planning, which the device's answer then does not delay.
     """
 
     ids: Tensor
     positions: Tensor
     cache_name: str
     extra: tuple[tuple[str, Any], ...] = ()
+    plain: Tensor | None = None
 
     def arguments(self, ids: Tensor, positions: Tensor, cache: PageCache) -> dict[str, Any]:
         """The call's arguments with other inputs. No mask: pages never hold padding."""
@@ -60,26 +64,25 @@ def read_step(cache: PageCache, args: tuple[Any, ...], kwargs: dict[str, Any]) -
             continue
         return f"the argument {name}"
     seen = cache.get_seq_length()
-    if not _only_padding(cache, kwargs.get("attention_mask"), ids.shape[0], seen + 1):
-        return "an attention mask that is not plain left padding"
+    mask = kwargs.get("attention_mask")
+    if mask is not None and (not isinstance(mask, Tensor) or mask.shape != (ids.shape[0], seen + 1)):
+        return "an attention mask of another shape than (batch, tokens)"
     positions = kwargs.get("position_ids")
     if positions is None:
         positions = torch.full((1, 1), seen, dtype=torch.long, device=ids.device)
     if positions.dim() != 2:
         return f"position_ids of {positions.dim()} dimensions"
     name = next(name for name in CACHE_NAMES if kwargs.get(name) is not None)
-    return Step(ids, positions, name, tuple(sorted(extra)))
+    plain = None if mask is None else _only_padding(mask, cache.context.groups[0].pads)
+    return Step(ids, positions, name, tuple(sorted(extra)), plain)
 
 
-def _only_padding(cache: PageCache, mask: Any, batch: int, columns: int) -> bool:
-    """Whether the mask hides the cache's own padding columns and nothing else. Asks the device once."""
-    if mask is None:
-        return True
-    if not isinstance(mask, Tensor) or mask.shape != (batch, columns):
-        return False
-    pads = cache.context.groups[0].pads or [0] * batch
-    first = torch.tensor(pads, device=mask.device)[:, None]
-    return bool(((torch.arange(columns, device=mask.device) >= first) == mask.bool()).all())
+def _only_padding(mask: Tensor, pads: Sequence[int] | None) -> Tensor:
+    """Whether the mask `(batch, columns)` hides each row's first `pads` columns and nothing else, on its device."""
+    if pads is None or not any(pads):
+        return mask.all()
+    first = torch.tensor(pads).to(mask.device, non_blocking=True)[:, None]
+    return ((torch.arange(mask.shape[1], device=mask.device) >= first) == mask.bool()).all()
 
 
 def refusal(model: nn.Module) -> str | None:
