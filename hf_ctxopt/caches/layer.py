@@ -11,6 +11,7 @@ from transformers.cache_utils import CacheLayerMixin
 from ..errors import ConfigError
 from ..kernels.rotate import RotaryFacts
 from ..pages.admission import admit
+from ..pages.carry_out import carry_out
 from ..pages.group import LayerGroup
 from ..pages.integrity import check
 from .context import CacheContext, debugging
@@ -100,11 +101,8 @@ class PageLayer(CacheLayerMixin):
         )  # fmt: skip
         if not plan.in_place:
             view.old = [[(stretch, *storage.read(stretch, copy=True)) for stretch in row.before] for row in plan.rows]
-        storage.copy_pages(plan.copies)
-        keys, values = key_states.detach(), value_states.detach()
-        for write in plan.writes:
-            part = slice(write.column, write.column + write.length)
-            storage.write(keys[write.row, :, part], values[write.row, :, part], write.slot)
+        view.stored = storage.turned(key_states.detach(), value_states.detach())
+        carry_out(plan, self.index, storage, *view.stored)
         group.finish(self.index)
         self.is_initialized = True
         fused = self.context.fused
