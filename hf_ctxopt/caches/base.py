@@ -68,7 +68,8 @@ class PageCache(DynamicCache, ABC):
         budget = Budget(options.budget)
         self.groups = [
             LayerGroup(layers, policy, options.page_size, budget, pads, expected,
-                       before_eviction if self.evicts(policy) else None)
+                       before_eviction if self.evicts(policy) else None,
+                       options.codecs(None if policy.most_held is None else policy.sinks))
             for policy, layers in policies.items()
         ]  # fmt: skip
         layers = list(stock)
@@ -116,7 +117,8 @@ class PageCache(DynamicCache, ABC):
             "tokens_evicted": max(group["tokens_evicted"] for group in groups),
             "bytes_held": self.nbytes,
             "bytes_used": sum(group["bytes_used"] for group in groups),
-            "pages": {key: sum(group["pages"][key] for group in groups) for key in ("total", "used", "shared")},
+            "pages": {key: sum(group["pages"][key] for group in groups) for key in groups[0]["pages"]},
+            "kv_bits": groups[0]["kv_bits"],
             "steps": {route: self.context.steps[route] for route in ("fused", "dense")},
             "fallbacks": dict(self.context.fallbacks),
             "graph": dict(self.context.graph),
@@ -179,8 +181,7 @@ def window_of(layer: Any) -> int | None:
 
 
 def _group_stats(group: LayerGroup) -> dict[str, Any]:
-    pool = group.pool
-    held = group.held()
+    held, codecs = group.held(), group.codecs
     return {
         "layers": list(group.layers),
         "sinks": group.policy.sinks,
@@ -188,6 +189,13 @@ def _group_stats(group: LayerGroup) -> dict[str, Any]:
         "tokens_held": held,
         "tokens_evicted": sum(row.length for row in group.rows) - held,
         "bytes_held": group.nbytes,
-        "bytes_used": pool.used * group.page_bytes if group.storages else 0,
-        "pages": {"total": pool.capacity, "used": pool.used, "shared": pool.shared},
+        "bytes_used": group.bytes_of(group.used) if group.storages else 0,
+        "pages": {
+            "total": sum(group.capacity),
+            "used": sum(group.used),
+            "shared": group.pool.shared + group.sealed.shared,
+            "open": group.used.open,
+            "sealed": group.used.sealed,
+        },
+        "kv_bits": {"k": 16, "v": 16} if codecs is None else {"k": codecs.keys.bits, "v": codecs.values.bits},
     }

@@ -12,6 +12,7 @@ from ..errors import ConfigError
 from ..kernels.dispatch import decode_kernels
 from ..kernels.rotate import RotaryFacts
 from ..pages.admission import admit
+from ..pages.carry_out import carry_out, prepare
 from ..pages.group import LayerGroup
 from ..pages.integrity import check
 from ..pages.plan import StepPlan
@@ -106,12 +107,14 @@ class PageLayer(CacheLayerMixin):
         )  # fmt: skip
         if not plan.in_place:
             view.old = [[(stretch, *storage.read(stretch, copy=True)) for stretch in row.before] for row in plan.rows]
-        storage.copy_pages(plan.copies)
         fused = self.context.fused
         view.decode = self._decode_state(plan, key_states) if fused else None
-        view.written = False
         if view.decode is None:
-            view.store()
+            view.stored = storage.turned(key_states.detach(), value_states.detach())
+            carry_out(plan, self.index, storage, *view.stored)
+        else:  # the kernels write the new states when they attend
+            view.written = False
+            prepare(plan, self.index, storage)
         group.finish(self.index)
         self.is_initialized = True
         if self.index == 0 or self._leads:

@@ -11,6 +11,8 @@ from typing import Any, TypeVar
 
 from ..errors import ConfigError
 from ..pages.budget import Budget
+from ..pages.codec import Codec
+from ..pages.sealed import Codecs
 
 _Options = TypeVar("_Options", bound="PageOptions")
 
@@ -28,7 +30,12 @@ class PageOptions:
 
     Args:
         page_size: tokens of a page; a power of two from 1 to 1024.
-        kv_bits: bits per stored value, an `int` or `{"k": int, "v": int}`; 16 keeps the model's dtype.
+        kv_bits: bits per stored value of a full page: 16, 8, 4 or 2, or `{"k": int, "v": int}`; 16 keeps the model's
+            dtype.
+        seal_sinks: whether the page(s) of the first tokens are quantized too. They hold the attention sinks (in
+            `ctx_paged`, one page), which most queries attend to, and stay in the model's dtype by default.
+        rotate: whether keys and values are quantized in a rotated basis that spreads outliers over the channels (see
+            `pages/rotation.py`): `True`, `False` or `{"k": bool, "v": bool}`; `None` chooses what measures better.
         budget: `None`; tokens (page slots over the batch, per layer group); or bytes as `"2GiB"`.
 
     Raises:
@@ -37,6 +44,8 @@ class PageOptions:
 
     page_size: int = 32
     kv_bits: int | Mapping[str, int] = 16
+    seal_sinks: bool = False
+    rotate: bool | Mapping[str, bool] | None = None
     budget: int | str | None = None
 
     def __post_init__(self) -> None:
@@ -46,9 +55,29 @@ class PageOptions:
         _check_bits(self.kv_bits)
         if isinstance(self.kv_bits, Mapping):
             object.__setattr__(self, "kv_bits", dict(self.kv_bits))  # the caller's dictionary may change
+        check_bool("seal_sinks", self.seal_sinks)
+        _check_rotation(self.rotate)
+        if isinstance(self.rotate, Mapping):
+            object.__setattr__(self, "rotate", dict(self.rotate))
         limit = Budget(self.budget)
         if limit.tokens is not None and limit.tokens < self.page_size:
             raise ConfigError("budget", self.budget, f"at least one page of {self.page_size} tokens")
+
+    def codecs(self, sinks: int | None) -> Codecs | None:
+        """How full pages are stored; `None` where they stay as they are.
+
+        Args:
+            sinks: first tokens that the layers always keep; `None` if they keep all.
+        """
+        bits = {part: self.kv_bits[part] if isinstance(self.kv_bits, Mapping) else self.kv_bits for part in "kv"}
+        if bits == {"k": 16, "v": 16}:
+            return None
+        rotate = self.rotate if isinstance(self.rotate, Mapping) else dict.fromkeys("kv", self.rotate)
+        turn = {part: _ROTATED[part, bits[part]] if rotate[part] is None else bool(rotate[part]) for part in "kv"}
+        first = 0 if self.seal_sinks else 1 if sinks is None else -(-sinks // self.page_size)
+        return Codecs(
+            Codec(bits["k"], over_tokens=True), Codec(bits["v"], over_tokens=False), turn["k"], turn["v"], first
+        )
 
     @classmethod
     def parse(cls: type[_Options], given: Mapping[str, Any] | None) -> _Options:
@@ -68,11 +97,29 @@ class PageOptions:
         return cls(**given)
 
 
+_BITS = (16, 8, 4, 2)
+_ROTATED = {(part, bits): bits <= 4 for part in "kv" for bits in _BITS}  # measured: benchmarks/quality.py
+
+
+def check_bool(field: str, value: Any) -> None:
+    """Raise `ConfigError` unless `value` is a `bool`."""
+    if not isinstance(value, bool):
+        raise ConfigError(field, value, "True or False")
+
+
+def _parts(value: Any) -> list[Any]:
+    """The values of `{"k": ..., "v": ...}`, else the value itself."""
+    return list(value.values()) if isinstance(value, Mapping) and set(value) == {"k", "v"} else [value]
+
+
 def _check_bits(bits: Any) -> None:
-    both = isinstance(bits, Mapping) and set(bits) == {"k", "v"}
-    parts = list(bits.values()) if both else [bits]
-    if any(isinstance(part, (bool, Mapping)) or part != 16 for part in parts):
-        raise ConfigError("kv_bits", bits, '16, or {"k": 16, "v": 16} (quantized pages are not part of this version)')
+    if any(isinstance(part, bool) or not isinstance(part, int) or part not in _BITS for part in _parts(bits)):
+        raise ConfigError("kv_bits", bits, '16, 8, 4 or 2, or {"k": ..., "v": ...} of these')
+
+
+def _check_rotation(rotate: Any) -> None:
+    if any(not isinstance(part, bool) for part in _parts(rotate)) and rotate is not None:
+        raise ConfigError("rotate", rotate, 'None, True or False, or {"k": ..., "v": ...} of True and False')
 
 
 @dataclass(frozen=True, kw_only=True)

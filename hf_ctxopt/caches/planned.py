@@ -17,6 +17,7 @@ from torch import Tensor
 from ..kernels.dispatch import decode_kernels, why_not
 from ..kernels.paged import refusal
 from ..pages.admission import admit
+from ..pages.carry_out import prepare
 from ..pages.group import LayerGroup
 from ..pages.integrity import check
 from ..pages.plan import StepPlan
@@ -54,8 +55,8 @@ def plan_step(cache: PageCache, batch: int) -> list[DecodeState]:
                 check(group, strict=True)
             admit(context.groups, group, keys, values)
         plan = group.step(first, keys, values)
-        for storage in group.storages.values() if plan.copies else ():
-            storage.copy_pages(plan.copies)
+        for layer, storage in group.storages.items() if plan.seals or plan.copies else ():
+            prepare(plan, layer, storage)
         states.append(decode_state(context, group, plan, group.storages[first]))
     return states
 

@@ -12,7 +12,9 @@ from torch import Tensor
 
 from ..kernels.attention import Segment, attend
 from ..kernels.rotate import RotaryFacts, rotation, turn
+from ..kernels.sealed import SealedSegment
 from ..pages.group import Retention
+from ..pages.carry_out import write
 from ..pages.plan import RowStep, StepPlan
 from ..pages.rows import Stretch
 from ..pages.storage import LayerStorage
@@ -49,6 +51,8 @@ class StepView:
         facts: how the model rotates; `None` where keys carry no rotation.
         model_window: the model's own mask says all there is to say about this layer's window.
         old: per row, copies of the tokens held before, for a step that is not in place.
+        stored: `keys` and `values` in the basis of the pages (see `pages/rotation.py`); themselves if it is the
+            model's.
         decode: device state that kernels read this one-token step from; `None` where plain torch reads the pages.
         written: whether the new states are in the pages; the kernels store them together with the attention.
         planned: the step must run on kernels alone; a detour raises `NotReplayable`.
@@ -64,6 +68,7 @@ class StepView:
     facts: RotaryFacts | None
     model_window: bool = False
     old: list[list[tuple[Stretch, Tensor, Tensor]]] | None = None
+    stored: tuple[Tensor, Tensor] | None = None
     decode: DecodeState | None = None
     written: bool = True
     planned: bool = False
@@ -75,10 +80,8 @@ class StepView:
             return
         if self.planned:
             raise NotReplayable("a layer's mask hides held tokens, or the model reads cached states by itself")
-        keys, values = self.storage.turned(self.keys.detach(), self.values.detach())
-        for write in self.plan.writes:
-            part = slice(write.column, write.column + write.length)
-            self.storage.write(keys[write.row, :, part], values[write.row, :, part], write.slot)
+        self.stored = self.storage.turned(self.keys.detach(), self.values.detach())
+        write(self.plan, self.storage, *self.stored)
         self.written = True
 
     @property
@@ -116,41 +119,61 @@ class StepView:
         for index, row in enumerate(self.plan.rows):
             count = row.stop - row.start
             own = query[index, :, query.shape[2] - count :]
+            turned = row.start > 0  # a row's first tokens meet only each other, in the model's own basis
+            own = self.storage.turned_query(own) if turned else own
             if count == 0:
                 out = own.new_zeros(own.shape[0], 0, self.values.shape[-1])
             elif chunk.serves(self, own, mask):
                 out = chunk.attend_chunk(self, index, row, own, scaling, softcap, sink_logits)
             else:
-                segments, tokens = self._segments(index, row, own)
+                segments, tokens = self._segments(index, row, query[index, :, query.shape[2] - count :])
                 plain = self.plain(mask)
                 causal = plain and row.start == 0 and len(segments) == 1 and self.policy.horizon(row.stop - 1) == 0
                 visible = partial(self._visible, index, row, tokens, mask)
                 out = attend(own, segments, visible, scaling, softcap, sink_logits, causal)
+                out = self.storage.plain_values(out) if turned else out
             pad = query.shape[2] - count
             rows.append(torch.nn.functional.pad(out, (0, 0, pad, 0)) if pad else out)
         return rows[0][None] if len(rows) == 1 else torch.stack(rows)
 
-    def _segments(self, index: int, row: RowStep, query: Tensor) -> tuple[list[Segment], list[range]]:
-        """The row's segments with the queries turned for each, and the tokens of each."""
-        pieces = [] if self.old is None else list(self.old[index])
-        if self.old is None and row.start:
-            pieces = [(stretch, *self.storage.read(stretch)) for stretch in row.after]
-        else:
-            first = self.plan.queries - (row.stop - row.start)
-            new = Stretch(-1, row.start, row.stop - row.start)
-            pieces.append((new, self.keys[index, :, first:], self.values[index, :, first:]))
+    def _segments(self, index: int, row: RowStep, query: Tensor) -> tuple[list[Segment | SealedSegment], list[range]]:
+        """The row's segments with the queries (in the basis of the pages) turned for each, and the tokens of each."""
         turned: dict[tuple[int, bool], Tensor | None] = {}
-        segments: list[Segment] = []
+        segments: list[Segment | SealedSegment] = []
         tokens: list[range] = []
-        for stretch, keys, values in pieces:
+        for stretch, states in self._pieces(index, row):
             for token, length, base, sink in self.cut(row, stretch):
                 if (base, sink) not in turned:
                     turned[base, sink] = self.turned(row, query, base, sink)
                 at = token - stretch.token
-                part = slice(at, at + length)
-                segments.append(Segment(keys[:, part], values[:, part], token, turned[base, sink]))
+                if states is None:
+                    part = Stretch(stretch.slot + at, token, length)
+                    segments.append(self.storage.segment(part, turned[base, sink]))
+                else:
+                    keys, values = (state[:, at : at + length] for state in states)
+                    segments.append(Segment(keys, values, token, turned[base, sink]))
                 tokens.append(range(token, token + length))
         return segments, tokens
+
+    def _pieces(self, index: int, row: RowStep) -> list[tuple[Stretch, tuple[Tensor, Tensor] | None]]:
+        """What the row's queries read, in text order: stretches with their K and V, `None` for sealed pages."""
+        pieces: list[tuple[Stretch, tuple[Tensor, Tensor] | None]] = []
+        if self.old is not None:
+            pieces = [(stretch, (keys, values)) for stretch, keys, values in self.old[index]]
+        elif row.start:
+            # Its own tokens the step reads from the states, where it has encoded pages of them.
+            stop = row.start if self.plan.sealing else row.stop
+            for held in row.after:
+                if held.token < stop:
+                    stretch = Stretch(held.slot, held.token, min(held.length, stop - held.token))
+                    lazy = self.plan.queries == 1 and stretch.sealed(self.storage.page_size)
+                    pieces.append((stretch, None if lazy else self.storage.read(stretch)))
+        if self.old is not None or not row.start or self.plan.sealing:
+            first = self.plan.queries - (row.stop - row.start)
+            new = Stretch(-1, row.start, row.stop - row.start)
+            keys, values = self.stored if row.start and self.stored is not None else (self.keys, self.values)
+            pieces.append((new, (keys[index, :, first:], values[index, :, first:])))
+        return pieces
 
     def cut(self, row: RowStep, stretch: Stretch) -> list[tuple[int, int, int, bool]]:
         """Cut a stretch at eras and behind the sinks: `(token, length, base, needs the sink shift)`."""
@@ -172,7 +195,10 @@ class StepView:
         return [(token, n, base - self.ledger.base + gap * sink) for token, n, base, sink in cut]
 
     def turned(self, row: RowStep, query: Tensor, base: int, sink: bool) -> Tensor | None:
-        """The queries as they must be to meet keys of an era and, for sinks, over the gap; `None` if as they are."""
+        """The queries as they must be to meet keys of an era and, for sinks, over the gap; `None` if as they are.
+
+        `query` is in the model's basis, the result in that of the pages.
+        """
         drift = base - self.ledger.base
         if self.facts is None or (drift == 0 and not sink):
             return None
@@ -183,7 +209,8 @@ class StepView:
             delta = [-(drift + (self.gap(row, token) if sink else 0)) for token in tokens]
             memo[key] = rotation(torch.tensor(delta, device=query.device), self.facts, query.device)
         cos, sin = memo[key]
-        return turn(query, cos, sin, self.facts)
+        turned = turn(query, cos, sin, self.facts)
+        return self.storage.turned_query(turned) if row.start else turned
 
     def _shows_all(self, mask: Mask | None) -> bool:
         """Whether a one-token step's queries see every token the pages hold for them."""
@@ -246,14 +273,32 @@ class StepView:
             self.plan.memo[key] = DenseLayout.of(self)
         layout: DenseLayout = self.plan.memo[key]
         if self.old is not None:
-            keys, values = self._old_dense(self.keys, 1), self._old_dense(self.values, 2)
+            keys, values = self.storage.plain(self._old_dense(self.keys, 1), self._old_dense(self.values, 2))
             keys = torch.cat([layout.turn(keys, self.facts), self.keys], dim=2)
             return keys, torch.cat([values, self.values], dim=2)
-        if layout.single is not None:
+        if self.storage.codecs is not None:
+            keys, values = self._decoded(layout.rows)
+        elif layout.single is not None:
             keys, values = (part[None] for part in self.storage.read(layout.single))
         else:
             keys, values = self.storage.gather(layout.slots_on(self.keys.device))
         return layout.turn(keys, self.facts), values
+
+    def _decoded(self, rows: list[list[Stretch]]) -> tuple[Tensor, Tensor]:
+        """All rows' tokens in the model's basis, right-aligned, `(batch, kv_heads, length, head_dim)`."""
+        joined = [like.new_zeros(*like.shape[:2], self.length, like.shape[-1]) for like in (self.keys, self.values)]
+        for index, stretches in enumerate(rows):
+            column = self.length - sum(stretch.length for stretch in stretches)
+            for stretch in stretches:
+                stop = column + stretch.length
+                for target, part in zip(joined, self.storage.read(stretch), strict=True):
+                    target[index, :, column:stop] = part
+                column = stop
+        keys, values = self.storage.plain(*joined)
+        # The step's own tokens are there unquantized.
+        new = slice(self.plan.dense_before, None)
+        keys[:, :, new], values[:, :, new] = self.keys, self.values
+        return keys, values
 
     def _old_dense(self, like: Tensor, which: int) -> Tensor:
         """The copies of a step that is not in place, right-aligned, `(batch, kv_heads, dense_before, head_dim)`."""
@@ -274,12 +319,14 @@ class DenseLayout:
     Args:
         single: the one stretch that is all of it (batch 1, neighbouring pages): read as a view.
         slots: `(batch, columns)` pool slots; padding columns read slot 0, which every mask hides.
+        rows: each row's stretches.
         delta: `(batch, stop - start)` positions to turn the keys of columns `[start, stop)` by.
         rotations: the rotations by `delta`, one for each set of frequencies.
     """
 
     single: Stretch | None
     slots: Tensor
+    rows: list[list[Stretch]]
     delta: Tensor
     start: int
     stop: int
@@ -297,8 +344,9 @@ class DenseLayout:
         for index, (row, stretches) in enumerate(zip(plan.rows, rows, strict=True)):
             column = columns - sum(stretch.length for stretch in stretches)
             for stretch in stretches:
-                stop = stretch.slot + stretch.length
-                slots[index, column : column + stretch.length] = torch.arange(stretch.slot, stop)
+                if view.storage.codecs is None:
+                    stop = stretch.slot + stretch.length
+                    slots[index, column : column + stretch.length] = torch.arange(stretch.slot, stop)
                 for token, length, shift in view.shifts(row, stretch):
                     at = column + token - stretch.token
                     delta[index, at : at + length] = shift
@@ -306,7 +354,7 @@ class DenseLayout:
         moved = delta.any(0).nonzero()
         start, stop = (int(moved[0]), int(moved[-1]) + 1) if len(moved) else (0, 0)
         whole = len(rows) == 1 and len(rows[0]) == 1 and rows[0][0].length == columns
-        return cls(rows[0][0] if whole else None, slots, delta[:, start:stop], start, stop)
+        return cls(rows[0][0] if whole else None, slots, rows, delta[:, start:stop], start, stop)
 
     def slots_on(self, device: torch.device) -> Tensor:
         """`slots` on a device; kept there, as the group's other layers ask again."""

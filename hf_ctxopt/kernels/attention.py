@@ -6,13 +6,15 @@ and sums are float32. A GPU kernel that replaces this takes the same arguments a
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from .sdpa import sdpa
+
+from .sealed import SealedSegment
 
 QUERY_BLOCK = 256  # bounds the float32 scores of a long prefill to (heads, 256, keys)
 
@@ -34,6 +36,29 @@ class Segment:
     token: int
     query: Tensor | None = None
 
+    @property
+    def tokens(self) -> int:
+        """Tokens of the segment."""
+        return self.keys.shape[1]
+
+    @property
+    def kv_heads(self) -> int:
+        """Heads of keys and values."""
+        return self.keys.shape[0]
+
+    @property
+    def value_dim(self) -> int:
+        """Channels of a value."""
+        return self.values.shape[-1]
+
+    def scores(self, query: Tensor) -> Tensor:
+        """Products of float32 queries `(kv_heads, rows, key_dim)` with the keys, `(kv_heads, rows, tokens)`."""
+        return query @ self.keys.to(torch.float32).transpose(1, 2)
+
+    def mix(self, weights: Tensor) -> Tensor:
+        """Sums of the values by float32 weights `(kv_heads, rows, tokens)`, `(kv_heads, rows, value_dim)`."""
+        return weights @ self.values.to(torch.float32)
+
 
 # visible(first query, one past the last) -> bool (queries, keys), or None if every query sees every key
 Visible = Callable[[int, int], Tensor | None]
@@ -41,7 +66,7 @@ Visible = Callable[[int, int], Tensor | None]
 
 def attend(
     query: Tensor,
-    segments: list[Segment],
+    segments: Sequence[Segment | SealedSegment],
     visible: Visible,
     scaling: float,
     softcap: float | None = None,
@@ -62,8 +87,10 @@ def attend(
     Returns:
         `(heads, queries, value_dim)` in the query's dtype. A query that sees nothing gives zeros.
     """
-    if softcap is None and sink_logits is None and len(segments) == 1 and segments[0].query is None:
-        return _fused(query, segments[0], visible, scaling, causal)
+    first = segments[0]
+    if softcap is None and sink_logits is None and len(segments) == 1 and first.query is None:
+        if isinstance(first, Segment):
+            return _fused(query, first, visible, scaling, causal)
     blocks = []
     for start in range(0, query.shape[1], QUERY_BLOCK):
         stop = min(start + QUERY_BLOCK, query.shape[1])
@@ -102,21 +129,24 @@ def _blank(out: Tensor, mask: Tensor | None) -> Tensor:
     return out if mask is None else out.masked_fill(~mask.any(-1)[None, :, None], 0)
 
 
-def _scores(query: Tensor, segments: list[Segment], start: int, stop: int, scaling: float) -> Tensor:
+def _scores(
+    query: Tensor, segments: Sequence[Segment | SealedSegment], start: int, stop: int, scaling: float
+) -> Tensor:
     """Float32 scores of queries `[start, stop)` over all segments, `(heads, queries, keys)`."""
-    keys = sum(part.keys.shape[1] for part in segments)
+    keys = sum(part.tokens for part in segments)
     scores = torch.empty(query.shape[0], stop - start, keys, dtype=torch.float32, device=query.device)
     place = 0
     for part in segments:
         source = (query if part.query is None else part.query)[:, start:stop].to(torch.float32) * scaling
-        packed = source.reshape(part.keys.shape[0], -1, source.shape[-1])
-        product = packed @ part.keys.to(torch.float32).transpose(1, 2)
-        scores[..., place : place + part.keys.shape[1]] = product.view(*source.shape[:2], -1)
-        place += part.keys.shape[1]
+        product = part.scores(source.reshape(part.kv_heads, -1, source.shape[-1]))
+        scores[..., place : place + part.tokens] = product.reshape(*source.shape[:2], -1)
+        place += part.tokens
     return scores
 
 
-def _mix(scores: Tensor, mask: Tensor | None, segments: list[Segment], sink_logits: Tensor | None) -> Tensor:
+def _mix(
+    scores: Tensor, mask: Tensor | None, segments: Sequence[Segment | SealedSegment], sink_logits: Tensor | None
+) -> Tensor:
     """Softmax over the keys and the weighted sum of the values, `(heads, queries, value_dim)` in float32.
 
     `scores` is overwritten unless autograd needs it: at long prefills it is the largest tensor there is.
@@ -134,11 +164,10 @@ def _mix(scores: Tensor, mask: Tensor | None, segments: list[Segment], sink_logi
     if sink_logits is not None:
         total = total + (sink_logits.to(torch.float32)[:, None, None] - peak).exp()
     heads, queries, _ = scores.shape
-    result = weights.new_zeros(heads, queries, segments[0].values.shape[-1])
+    result = weights.new_zeros(heads, queries, segments[0].value_dim)
     place = 0
     for part in segments:
-        share = weights[..., place : place + part.keys.shape[1]]
-        packed = share.reshape(part.values.shape[0], -1, part.keys.shape[1])
-        result += (packed @ part.values.to(torch.float32)).view(heads, queries, -1)
-        place += part.keys.shape[1]
+        share = weights[..., place : place + part.tokens]
+        result += part.mix(share.reshape(part.kv_heads, -1, part.tokens)).view(heads, queries, -1)
+        place += part.tokens
     return result / total.clamp_min(torch.finfo(torch.float32).tiny)

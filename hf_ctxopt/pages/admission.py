@@ -8,18 +8,22 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from ..errors import CacheFullError, ConfigError, InterruptedStepError
-from .capacity import resize, with_slack
-from .plan import StepRequest
+from .capacity import compact_open, resize, with_slack
+from .plan import Pages, StepRequest
+from .pool import SEALED
 from .rows import Row
 from .storage import page_bytes
 
 if TYPE_CHECKING:
     from .group import LayerGroup
+
+_REVOCABLE = 64  # a recorded step of at most so many tokens (candidates of a speculation) seals nothing at its writes
 
 
 def admit(groups: Sequence[LayerGroup], arriving: LayerGroup, keys: Tensor, values: Tensor) -> None:
@@ -35,10 +39,14 @@ def admit(groups: Sequence[LayerGroup], arriving: LayerGroup, keys: Tensor, valu
 
     Raises:
         CacheFullError: the budget has no room; nothing has changed.
-        ConfigError: the batch is not the one the cache holds.
+        ConfigError: the batch is not the one the cache holds, or the head size cannot be packed.
         InterruptedStepError: an earlier step stopped between two layers.
     """
-    size = page_bytes(keys, values, arriving.page_size)
+    codecs = arriving.codecs
+    if not arriving.storages and codecs is not None:
+        codecs.check(keys, values)
+    sealed = codecs.page_bytes(keys, values, arriving.page_size) if codecs is not None else 0
+    size = Pages(page_bytes(keys, values, arriving.page_size), sealed)
     known = arriving.expect_page_bytes(size)
     if arriving.request is not None and (known or arriving.storages):
         return
@@ -46,6 +54,7 @@ def admit(groups: Sequence[LayerGroup], arriving: LayerGroup, keys: Tensor, valu
     if arriving.request is not None:  # a first step: other layers were taken for as large as the first one to arrive
         asking = [arriving]
         arriving.pool.resize(0)
+        arriving.sealed.resize(0)
     elif any(group.seen != arriving.seen for group in groups):
         raise InterruptedStepError(
             f"the layers {arriving.layers} have seen {arriving.seen} tokens, other layers "
@@ -81,8 +90,24 @@ def _request(group: LayerGroup, batch: int, queries: int) -> StepRequest:
     in_place = group.recording or queries == 1 or _fits(group, ends, lows)
     keep = lows if in_place else [max(low, horizon(end)) for low, end in zip(lows, ends, strict=True)]
     evicting = any(end and horizon(end - 1) for end in ends)
-    pages = group.pool.used + _new_pages(group, rows, ends, keep)
-    return StepRequest(group.seen, queries, rows, ends, keep, in_place, evicting, pages)
+    sealing = group.codecs is not None and queries > (_REVOCABLE if group.recording else 1)
+    quiet = queries == 1 and all(_stays(group, row, end, low) for row, end, low in zip(rows, ends, keep, strict=True))
+    pages = group.used if quiet else _rehearse(group, rows, ends, keep, sealing)
+    return StepRequest(group.seen, queries, rows, ends, keep, in_place, evicting, sealing, pages)
+
+
+def _stays(group: LayerGroup, row: Row, end: int, lower: int) -> bool:
+    """Whether a one-token step changes none of the row's pages."""
+    size = group.page_size
+    if end == row.length:
+        return lower == row.lower
+    tail = row.page_of(row.length // size) if row.length % size else None
+    return (
+        tail is not None
+        and group.pool.references(tail) == 1
+        and lower // size == row.lower // size
+        and lower < end - 1
+    )
 
 
 def _new_rows(pads: Sequence[int] | None, batch: int) -> list[Row]:
@@ -98,47 +123,93 @@ def _fits(group: LayerGroup, ends: list[int], lows: list[int]) -> bool:
     )
 
 
-def _new_pages(group: LayerGroup, rows: list[Row], ends: list[int], keep: list[int]) -> int:
-    """Pages the step takes more than it gives back: a rehearsal, with all drops before all takes."""
-    pool, needed = group.pool, 0
+def _rehearse(group: LayerGroup, rows: list[Row], ends: list[int], keep: list[int], sealing: bool) -> Pages:
+    """Pages in use after the step, with all drops before all takes: what `begin` will do, counted only."""
+    pools = {False: group.pool, True: group.sealed}
+    taken = {False: 0, True: 0}
     lost: Counter[int] = Counter()
     writers: Counter[int] = Counter()
+    full: set[int] = set()
     for row, end, lower in zip(rows, ends, keep, strict=True):
-        needed += sum(map(len, group.missing_pages(row, end, lower)))
         gone: set[int] = set()
         if lower > row.lower:
             wanted = group.wanted_pages(end, lower)
             gone = {page for logical, page in row.pages() if not any(logical in pages for pages in wanted)}
-        lost.update(gone)
+        unsealed = {page for _, page in group.unsealed(row)} - gone
+        full |= unsealed
+        lost.update(gone | unsealed)
+        whole = group.sealed_directly(row, end) if sealing else range(0)
+        for missing in group.missing_pages(row, end, lower):
+            direct = len(range(max(missing.start, whole.start), min(missing.stop, whole.stop)))
+            taken[True] += direct
+            taken[False] += len(missing) - direct
         tail = row.page_of(row.length // group.page_size) if end > row.length else None
-        if tail is not None and tail not in gone:
+        if tail is None or tail in gone:
+            continue
+        if sealing and group.filled_page(row, end) is not None:
+            taken[True] += 1
+            lost[tail] += 1
+        else:
             writers[tail] += 1
-    needed -= sum(pool.references(page) == count for page, count in lost.items())
+    taken[True] += len(full)
+    for page, count in lost.items():
+        sealed = page >= SEALED
+        taken[sealed] -= pools[sealed].references(page) == count
     for page, count in writers.items():
         # Copy-on-write: every writer takes a copy, but for the last one if nobody else holds the page.
-        needed += count - (pool.references(page) - lost[page] <= count)
-    return needed
+        taken[False] += count - (group.pool.references(page) - lost[page] <= count)
+    return Pages(group.pool.used + taken[False], group.sealed.used + taken[True])
 
 
 def _make_room(groups: Sequence[LayerGroup], requests: dict[int, StepRequest]) -> None:
     """Grow the groups that need it. All limits are checked before the first allocation."""
-    sizes = {id(group): group.pool.capacity for group in groups}
-    growing = [group for group in groups if id(group) in requests and requests[id(group)].pages > sizes[id(group)]]
-    sizes.update({id(group): requests[id(group)].pages for group in growing})
+    sizes = {id(group): group.capacity for group in groups}
+    growing = []
+    for group in groups:
+        have, need = sizes[id(group)], requests[id(group)].pages if id(group) in requests else Pages(0, 0)
+        if need.open > have.open or need.sealed > have.sealed:
+            growing.append(group)
+            sizes[id(group)] = Pages(max(have.open, need.open), max(have.sealed, need.sealed))
+    smaller = []
     for group in growing:
-        needed, limit = sizes[id(group)], _limit(group, groups, sizes)
-        if limit is not None and needed > limit:
-            size = group.page_size
-            raise CacheFullError(needed * size, limit * size, "raise `budget`, or use a smaller `window`")
+        if _over(group, groups, sizes) and group.codecs is not None:
+            # Open pages that an earlier step needed can go to make room for sealed ones.
+            least = max(group.pool.used, requests[id(group)].pages.open)
+            sizes[id(group)] = sizes[id(group)]._replace(open=least)
+            smaller.append(group)
+        if _over(group, groups, sizes):
+            size, pages = group.page_size, sizes[id(group)]
+            room = _room(group, groups, sizes)
+            raise CacheFullError(sum(pages) * size, room * size, "raise `budget`, or use a smaller `window`")
+    for group in smaller:
+        if group.pool.capacity > sizes[id(group)].open:
+            compact_open(group, sizes[id(group)].open)
     for group in growing:
-        sizes[id(group)] = with_slack(
-            group, len(requests[id(group)].rows), sizes[id(group)], _limit(group, groups, sizes)
-        )
+        rows = len(requests[id(group)].rows)
+        sizes[id(group)] = with_slack(group, rows, sizes[id(group)], partial(_most, group, groups, sizes))
     for group in growing:
         resize(group, sizes[id(group)])
 
 
-def _limit(group: LayerGroup, groups: Sequence[LayerGroup], sizes: dict[int, int]) -> int | None:
-    """Pages the group may have beside the others; `None` if there is no limit."""
-    others = sum(sizes[id(other)] * other.page_bytes for other in groups if other is not group)
-    return group.budget.most_pages(group.page_size, group.page_bytes, others)
+def _over(group: LayerGroup, groups: Sequence[LayerGroup], sizes: dict[int, Pages]) -> bool:
+    most = _most(group, groups, sizes, sizes[id(group)], 0)
+    return most is not None and sizes[id(group)].open > most
+
+
+def _most(
+    group: LayerGroup, groups: Sequence[LayerGroup], sizes: dict[int, Pages], own: Pages, kind: int
+) -> int | None:
+    """Pages of a kind (0: open, 1: sealed) a group may have beside the other kind's in `own` and the other groups."""
+    others = sum(other.bytes_of(sizes[id(other)]) for other in groups if other is not group)
+    rest = own._replace(open=0) if kind == 0 else own._replace(sealed=0)
+    each = group.page_bytes if kind == 0 else group.sealed_bytes
+    return group.budget.most_pages(group.page_size, each, others + group.bytes_of(rest), sum(rest))
+
+
+def _room(group: LayerGroup, groups: Sequence[LayerGroup], sizes: dict[int, Pages]) -> int:
+    """Pages of both kinds, open ones first, that the group may have beside the others."""
+    own = sizes[id(group)]
+    room = _most(group, groups, sizes, Pages(0, 0), 0) or 0
+    if room <= own.open:
+        return room
+    return own.open + (_most(group, groups, sizes, Pages(own.open, 0), 1) or 0)

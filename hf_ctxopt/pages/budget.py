@@ -31,16 +31,17 @@ class Budget:
         elif limit is not None:
             raise ConfigError("budget", limit, _ALLOWED)
 
-    def most_pages(self, page_size: int, page_bytes: int, others: int) -> int | None:
-        """Pages a layer group may have; `None` if there is no limit.
+    def most_pages(self, page_size: int, page_bytes: int, others: int, beside: int = 0) -> int | None:
+        """Pages of one kind a layer group may have; `None` if there is no limit.
 
         Args:
             page_size: tokens of a page.
             page_bytes: bytes of a page over all layers of the group.
-            others: bytes that the cache's other groups have.
+            others: bytes of everything else that the cache has.
+            beside: pages of another kind that the group has.
         """
         if self.tokens is not None:
-            return self.tokens // page_size
+            return max(0, self.tokens // page_size - beside)
         if self.nbytes is None:
             return None
         return max(0, self.nbytes - others) // max(1, page_bytes)

@@ -3,41 +3,79 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
 
-from .pool import PagePool
+from .plan import Pages
+from .pool import SEALED, PagePool
 
 if TYPE_CHECKING:
     from .group import LayerGroup
 
 logger = logging.getLogger(__name__)
 
+_FINE_FROM = 3840
+"""Tokens from which sealed pages grow by a 64th only: an eighth would eat up what 2 bits save over 4."""
 
-def with_slack(group: LayerGroup, rows: int, required: int, limit: int | None) -> int:
-    """Pages to allocate where `required` are needed: an eighth more, unless a bound is known.
+Limit = Callable[[Pages, int], int | None]
+
+
+def with_slack(group: LayerGroup, rows: int, required: Pages, limit: Limit) -> Pages:
+    """Pages to allocate where `required` are needed: some more, unless a bound is known.
 
     Args:
         group: the group that grows.
         rows: its rows.
         required: pages needed.
-        limit: most pages it may have, at least `required`; `None` for no limit.
+        limit: most pages of a kind (0: open, 1: sealed) beside the given ones of the other kind, at least those
+            needed; `None` for no limit.
     """
-    capacity = required + required // 8 + 1
+    if group.codecs is None:
+        capacity = required.open + required.open // 8 + 1
+        bound = _expected_pages(group, rows)
+        if bound is not None:
+            # Near the bound, take the bound itself: a full window then holds the same bytes however it was filled.
+            near = required.open <= bound <= required.open + required.open // 2
+            capacity = max(required.open, min(bound if near else capacity, bound))
+        return Pages(_within(capacity, limit(required, 0)), 0)
+    # Open pages first: there are few of them, and every row will want its own.
+    opened = _within(max(required.open, rows * open_bound(group)), limit(required, 0))
+    required = Pages(opened, required.sealed)
+    return Pages(opened, _within(_sealed_with_slack(group, rows, required.sealed), limit(required, 1)))
+
+
+def _sealed_with_slack(group: LayerGroup, rows: int, required: int) -> int:
+    if required <= group.sealed.capacity:
+        return group.sealed.capacity
+    coarse = max(0, min(required // 8 + 1, rows * _FINE_FROM // group.page_size - required))
+    slack = max(required // 64, coarse, group.headroom)
     bound = _expected_pages(group, rows)
-    if bound is not None:
-        # Near the bound, take the bound itself: a full window then holds the same bytes however it was filled.
-        capacity = bound if required <= bound <= required + required // 2 else capacity
-        capacity = max(required, min(capacity, bound))
-    return capacity if limit is None else min(capacity, limit)
+    if bound is None:
+        return required + slack
+    windowed = group.row_bound is not None and bound == group.row_bound * rows
+    bound -= rows * (group.codecs.open_first if group.codecs is not None else 0)
+    near = required <= bound <= required + (required // 2 if windowed else slack)
+    return max(required, bound if near else min(required + slack, bound))
 
 
-def resize(group: LayerGroup, capacity: int) -> None:
-    """Grow to `capacity` pages. The pool grows last: if an allocation fails, some storages are merely larger."""
+def _within(capacity: int, most: int | None) -> int:
+    return capacity if most is None else min(capacity, most)
+
+
+def resize(group: LayerGroup, capacity: Pages) -> None:
+    """Grow to `capacity` pages. The pools grow last: if an allocation fails, some storages are merely larger."""
     for storage in group.storages.values():
-        storage.resize(max(capacity, storage.capacity))
-    group.pool.resize(capacity)
+        storage.resize(max(capacity.open, storage.capacity), max(capacity.sealed, storage.sealed_capacity))
+    group.pool.resize(max(capacity.open, group.pool.capacity))
+    if capacity.sealed > group.sealed.capacity:
+        group.sealed.resize(capacity.sealed)
+
+
+def open_bound(group: LayerGroup) -> int:
+    """Open pages a row of a group with codecs needs between two one-token steps: its first ones and the tail."""
+    return (group.codecs.open_first if group.codecs is not None else 0) + 1
 
 
 def _expected_pages(group: LayerGroup, rows: int) -> int | None:
@@ -47,24 +85,55 @@ def _expected_pages(group: LayerGroup, rows: int) -> int | None:
 
 
 def trim(group: LayerGroup) -> None:
-    """Give back storage that only a recorded (speculative) step or a larger batch needed."""
-    bound = group.row_bound
-    most = None if bound is None else bound * len(group.rows)
-    if most is None or group.recording or group.pool.capacity <= most or group.pool.used > most:
+    """Give back storage that only a recorded (speculative) step, an odd chunk or a larger batch needed."""
+    if group.recording:
         return
-    order = sorted({page for row in group.rows for _, page in row.pages()})
+    rows, bound = len(group.rows), group.row_bound
+    if group.codecs is not None:
+        opened = rows * open_bound(group)
+        if group.pool.used <= opened < group.pool.capacity:
+            compact_open(group, opened)
+        sealed = group.sealed.capacity if bound is None else rows * (bound - group.codecs.open_first)
+        if group.sealed.used <= sealed < group.sealed.capacity:
+            _compact_sealed(group, sealed)
+    elif bound is not None and group.pool.used <= rows * bound < group.pool.capacity:
+        compact_open(group, rows * bound)
+
+
+def compact_open(group: LayerGroup, capacity: int) -> None:
+    """Move the open pages together and give back all but `capacity`, if there is memory to do so."""
+    order = sorted({page for row in group.rows for _, page in row.pages() if page < SEALED})
     try:
-        smaller = {layer: storage.compacted(order, most) for layer, storage in group.storages.items()}
+        smaller = {layer: storage.compacted(order, capacity) for layer, storage in group.storages.items()}
     except (MemoryError, torch.OutOfMemoryError) as error:
         logger.warning("no memory to move %d pages together; a larger storage stays: %s", len(order), error)
         return
     for layer, (keys, values) in smaller.items():
         group.storages[layer].keys, group.storages[layer].values = keys, values
-    place = {page: i for i, page in enumerate(order)}
+    group.pool = PagePool(capacity)
+    _renumber(group, {page: i for i, page in enumerate(order)})
+    group.pool.rebuild(group.holders()[0])
+
+
+def _compact_sealed(group: LayerGroup, capacity: int) -> None:
+    order = sorted({page for row in group.rows for _, page in row.pages() if page >= SEALED})
+    try:
+        smaller = {layer: storage.compacted_sealed(order, capacity) for layer, storage in group.storages.items()}
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        logger.warning("no memory to move %d pages together; a larger storage stays: %s", len(order), error)
+        return
+    for layer, parts in smaller.items():
+        for part, (codes, scales) in zip(group.storages[layer].parts, parts, strict=True):
+            part.codes, part.scales = codes, scales
+    group.sealed = PagePool(capacity, first=SEALED)
+    _renumber(group, {page: SEALED + i for i, page in enumerate(order)})
+    group.sealed.rebuild(group.holders()[1])
+
+
+def _renumber(group: LayerGroup, places: dict[int, int]) -> None:
+    """Pages have moved: `places` gives the new number of each that has."""
     for row in group.rows:
-        pairs = list(row.pages())
-        row.runs = []
+        pairs, row.runs = list(row.pages()), []
         for logical, page in pairs:
-            row.add(logical, place[page])
-    group.pool = PagePool(most)
-    group.pool.rebuild(group.holders())
+            row.add(logical, places.get(page, page))
+    group.table_version += 1

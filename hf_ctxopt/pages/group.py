@@ -9,17 +9,20 @@ can always be taken back (`crop`).
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
 from torch import Tensor
 
 from ..errors import ConfigError, InterruptedStepError
+from .begin import begin
 from .budget import Budget
-from .capacity import trim
-from .plan import RowStep, StepPlan, StepRequest, Write
-from .pool import PagePool
-from .rows import Row, Stretch
+from .capacity import resize
+from .carry_out import take_back
+from .plan import Pages, StepPlan, StepRequest
+from .pool import SEALED, PagePool
+from .rows import Row
+from .sealed import Codecs
 from .storage import LayerStorage, unique_bytes
 
 _ALL = 1 << 62  # past any logical page
@@ -55,6 +58,11 @@ class LayerGroup:
         pads: left-padding columns per row; `None` means none.
         expected: tokens a row is expected to reach, so that growth does not overshoot it.
         before_eviction: called once, before the first token is evicted; raises if the model does not allow it.
+        codecs: how full pages are stored; `None` leaves all pages open.
+
+    Attributes:
+        table_version: grows whenever a row's pages change; between two equal values a copy of the table is good.
+        headroom: least number of sealed pages that growth adds at once; larger for whoever must not see it often.
     """
 
     def __init__(
@@ -66,11 +74,14 @@ class LayerGroup:
         pads: Sequence[int] | None = None,
         expected: int | None = None,
         before_eviction: Callable[[], None] | None = None,
+        codecs: Codecs | None = None,
     ) -> None:
         self.layers, self.policy, self.page_size = tuple(layers), policy, page_size
         self.budget, self.pads, self.expected = budget, pads, expected
         self.before_eviction = before_eviction
-        self.pool = PagePool()
+        self.codecs = codecs
+        self.pool, self.sealed = PagePool(), PagePool(first=SEALED)
+        self.table_version = self.headroom = 0
         self.rows: list[Row] = []
         self.storages: dict[int, LayerStorage] = {}
         self.progress: dict[int, int] = dict.fromkeys(self.layers, 0)
@@ -80,26 +91,46 @@ class LayerGroup:
         self.request: StepRequest | None = None  # what was admitted for the coming step (see `admission.py`)
         self.plan: StepPlan | None = None
         self._late = False  # a layer turned up that missed the first step: only a fresh start helps
-        self._page_bytes_guess = 0
+        self._guess = Pages(0, 0)  # bytes of one layer's pages
 
     # ---- sizes
 
     @property
     def page_bytes(self) -> int:
-        """Bytes of one page over all layers; layers that have not arrived count as the first one did."""
+        """Bytes of one open page over all layers; layers that have not arrived count as the first one did."""
         known = sum(storage.page_bytes for storage in self.storages.values())
-        return known + (len(self.layers) - len(self.storages)) * self._page_bytes_guess
+        return known + (len(self.layers) - len(self.storages)) * self._guess.open
 
-    def expect_page_bytes(self, one_layer: int) -> bool:
+    @property
+    def sealed_bytes(self) -> int:
+        """Bytes of one sealed page over all layers, counted likewise."""
+        known = sum(storage.sealed_bytes for storage in self.storages.values())
+        return known + (len(self.layers) - len(self.storages)) * self._guess.sealed
+
+    def expect_page_bytes(self, one_layer: Pages) -> bool:
         """Take the layers that have not arrived for as large as `one_layer`; returns whether they were so already."""
-        known = self._page_bytes_guess in (one_layer, 0)
-        self._page_bytes_guess = one_layer
+        known = self._guess in (one_layer, (0, 0))
+        self._guess = one_layer
         return known
+
+    def bytes_of(self, pages: Pages) -> int:
+        """Bytes of so many pages over all layers."""
+        return pages.open * self.page_bytes + pages.sealed * self.sealed_bytes
+
+    @property
+    def capacity(self) -> Pages:
+        """Pages that exist, free or not."""
+        return Pages(self.pool.capacity, self.sealed.capacity)
+
+    @property
+    def used(self) -> Pages:
+        """Pages that a row holds."""
+        return Pages(self.pool.used, self.sealed.used)
 
     @property
     def nbytes(self) -> int:
         """Bytes of the storages really held."""
-        return unique_bytes([t for s in self.storages.values() for t in (s.keys, s.values)])
+        return unique_bytes([tensor for storage in self.storages.values() for tensor in storage.tensors])
 
     @property
     def row_bound(self) -> int | None:
@@ -152,7 +183,7 @@ class LayerGroup:
             InterruptedStepError: an earlier step stopped between two layers.
         """
         if self.progress[layer] == self.seen and self.request is not None:
-            self.plan = self._begin(self.request)
+            self.plan = begin(self, self.request)
         plan = self.plan
         if plan is None or self.progress[layer] != plan.seen or keys.shape[-2] != plan.queries:
             self._late = self._late or self.progress[layer] == 0
@@ -162,7 +193,9 @@ class LayerGroup:
             )
         if layer not in self.storages:
             try:
-                self.storages[layer] = LayerStorage(keys, values, self.page_size, self.pool.capacity)
+                self.storages[layer] = LayerStorage(
+                    keys, values, self.page_size, self.pool.capacity, self.codecs, self.sealed.capacity
+                )
             except BaseException:
                 self.settle()
                 raise
@@ -179,30 +212,6 @@ class LayerGroup:
         self.progress = dict.fromkeys(self.layers, self.seen)
         self.plan = None
 
-    def _begin(self, request: StepRequest) -> StepPlan:
-        self.request, self.rows = None, request.rows
-        plan = StepPlan(self.seen, request.queries, request.in_place, self.dense_length())
-        self.before_eviction = None if request.evicting else self.before_eviction
-        self._evict()
-        # All drops come before all takes: what one row gives back another may need.
-        keep = request.keep
-        starts = [self._retire(row, first, plan.in_place) for row, first in zip(self.rows, keep, strict=True)]
-        for index, (before, start, lower) in enumerate(starts):
-            after = self._extend(plan, index, request.ends[index], keep[index])
-            step = RowStep(self.rows[index].pad, start, request.ends[index], lower, before,
-                           after if plan.in_place else [])  # fmt: skip
-            plan.rows.append(step)
-        self.seen += request.queries
-        return plan
-
-    def _evict(self) -> None:
-        """Drop what no query from the next one on can see."""
-        for row in self.rows:
-            row.lower = max(row.lower, self.policy.horizon(row.length))
-            if row.lower:
-                self._drop_below(row, row.lower, row.length)
-        trim(self)
-
     def wanted_pages(self, end: int, lower: int) -> tuple[range, range]:
         """Logical pages that hold the sinks, and those that hold the tokens `[lower, end)`."""
         size, sinks = self.page_size, -(-min(self.policy.sinks, end) // self.page_size)
@@ -215,49 +224,42 @@ class LayerGroup:
         held = row.runs[-1].first + row.runs[-1].count if row.runs else 0
         return [range(max(held, pages.start), pages.stop) for pages in self.wanted_pages(end, lower)]
 
-    def _drop_below(self, row: Row, lower: int, end: int) -> None:
+    def unsealed(self, row: Row) -> list[tuple[int, int]]:
+        """(logical page, open page) of full pages that the coming step seals."""
+        full = row.length // self.page_size
+        if self.codecs is None or row.sealed >= full:
+            return []
+        return row.open_pages(max(row.sealed, self.codecs.open_first), full)
+
+    def filled_page(self, row: Row, end: int) -> int | None:
+        """The row's begun page, if it is full and can be sealed once the row has `end` tokens."""
+        logical = row.length // self.page_size
+        if self.codecs is None or logical < self.codecs.open_first or (logical + 1) * self.page_size > end:
+            return None
+        return row.page_of(logical) if row.length % self.page_size else None
+
+    def sealed_directly(self, row: Row, end: int) -> range:
+        """Logical pages that a step to `end` tokens fills by itself and that can be sealed."""
+        if self.codecs is None:
+            return range(0)
+        return range(max(-(-row.length // self.page_size), self.codecs.open_first), end // self.page_size)
+
+    def drop_below(self, row: Row, lower: int, end: int) -> None:
         """Release the non-sink pages that hold nothing of `[lower, end)`."""
         first_free = -(-self.policy.sinks // self.page_size)
         gone = row.drop(first_free, lower // self.page_size if lower < end else _ALL)
         self.evicted_pages += len(gone)
-        self.pool.release(gone)
+        self.release(gone)
 
-    def _retire(self, row: Row, keep: int, in_place: bool) -> tuple[list[Stretch], int, int]:
-        """Drop what will not outlive the step; returns what was held, the tokens seen and the lower bound."""
-        before = [] if in_place else row.stretches(self.page_size, self.policy.sinks)
-        if keep > row.lower:
-            self._drop_below(row, keep, row.length)
-        return before, row.length, row.lower
+    def replace(self, row: Row, logical: int, page: int) -> None:
+        """Put `page` in the place of the page that the row holds, and release that one."""
+        self.release([row.replace(logical, page)])
 
-    def _extend(self, plan: StepPlan, index: int, end: int, keep: int) -> list[Stretch]:
-        """Add the row's new pages and list its writes; returns all tokens held after the step."""
-        row, start = self.rows[index], self.rows[index].length
-        if end > start:
-            self._own_tail(plan, row)
-        missing = [page for pages in self.missing_pages(row, end, keep) for page in pages]
-        if missing:
-            last = row.runs[-1] if row.runs else None
-            after = None if last is None else last.page + last.count - 1
-            taken = self.pool.take(len(missing), after, leave_room=len(self.rows) > 1)
-            for logical, page in zip(missing, taken, strict=True):
-                row.add(logical, page)
-        row.length, row.lower = end, keep
-        held = row.stretches(self.page_size, self.policy.sinks)
-        for piece in held:
-            skip = max(0, start - piece.token)
-            if skip < piece.length:
-                column = piece.token + skip - end + plan.queries
-                plan.writes.append(Write(index, column, piece.slot + skip, piece.length - skip))
-        return held
-
-    def _own_tail(self, plan: StepPlan, row: Row) -> None:
-        """Copy-on-write: a partly filled last page that other rows hold too is copied before it is written."""
-        logical = row.length // self.page_size
-        page = row.page_of(logical)
-        if page is not None and self.pool.references(page) > 1:
-            target = self.pool.take(1, page)[0]
-            plan.copies.append((page, target))
-            self.pool.release([row.replace(logical, target)])
+    def release(self, pages: Iterable[int]) -> None:
+        """A row holds these pages no more."""
+        for page in pages:
+            (self.pool if page < SEALED else self.sealed).release([page])
+            self.table_version += 1
 
     # ---- changes between steps
 
@@ -280,29 +282,58 @@ class LayerGroup:
         self._rewind(self.seen - tokens)
 
     def _rewind(self, seen: int) -> None:
-        for row in self.rows:
-            row.length = max(0, seen - row.pad)
-            row.lower = row.lower if row.length else 0
-            self.pool.release(row.drop(-(-row.length // self.page_size), _ALL))
+        size = self.page_size
+        lengths = [max(0, seen - row.pad) for row in self.rows]
+        self._make_room_to_reopen(lengths)
+        for row, length in zip(self.rows, lengths, strict=True):
+            row.length, row.lower = length, row.lower if length else 0
+            row.sealed = min(row.sealed, length // size)
+            self.release(row.drop(-(-length // size), _ALL))
             if row.lower:
-                self._drop_below(row, row.lower, row.length)
+                self.drop_below(row, row.lower, row.length)
+        reopened: dict[int, int] = {}
+        for row in self.rows:
+            logical = row.length // size
+            page = row.page_of(logical) if row.length % size else None
+            if page is None or page < SEALED:
+                continue
+            if page in reopened:
+                self.pool.share([reopened[page]])
+            else:
+                reopened[page] = self.pool.take(1)[0]
+                for storage in self.storages.values():
+                    storage.reopen(page, reopened[page])
+            self.replace(row, logical, reopened[page])
         self._set_seen(seen)
+
+    def _make_room_to_reopen(self, lengths: list[int]) -> None:
+        """Grow the open pages, whatever the budget, where sealed pages become begun ones again."""
+        size, gone = self.page_size, Counter[int]()
+        begun: set[int] = set()
+        for row, length in zip(self.rows, lengths, strict=True):
+            page = row.page_of(length // size) if length % size else None
+            begun |= {page} if page is not None and page >= SEALED else set()
+            gone.update(page for _, page in row.open_pages(-(-length // size), _ALL))
+        if begun:
+            free = self.pool.free + sum(self.pool.references(page) == count for page, count in gone.items())
+            resize(self, Pages(self.pool.capacity + max(0, len(begun) - free), self.sealed.capacity))
 
     def select(self, rows: Sequence[int]) -> None:
         """Make row `rows[i]` the new row `i`: beams, repeats and selections. Pages are shared, not copied."""
         chosen = [self.rows[i].copy() for i in rows]
         for row in chosen:
-            self.pool.share(page for _, page in row.pages())
+            for _, page in row.pages():
+                (self.pool if page < SEALED else self.sealed).share([page])
         for row in self.rows:
-            self.pool.release(page for _, page in row.pages())
-        self.rows = chosen
+            self.release(page for _, page in row.pages())
+        self.rows, self.table_version = chosen, self.table_version + 1
 
     def skip(self, tokens: int) -> None:
         """Believe that `tokens` more tokens were seen and evicted (see `hf_ctxopt.testing.skip`)."""
         for row in self.rows:
             row.length += tokens
             row.lower = row.length
-            self._drop_below(row, row.lower, row.length)
+            self.drop_below(row, row.lower, row.length)
         self._set_seen(self.seen + tokens)
 
     def settle(self) -> int:
@@ -324,8 +355,8 @@ class LayerGroup:
                 "call cache.reset() and feed the text again"
             )
         for layer, at in self.progress.items():
-            if at < self.seen and layer in self.storages:  # the table lists the copies, so every layer needs them
-                self.storages[layer].copy_pages(plan.copies)
+            if at < self.seen and layer in self.storages:  # the table lists these pages, so every layer needs them
+                take_back(plan, layer, self.storages[layer])
         self._rewind(plan.seen)
         if not plan.seen:
             self.select([])  # as before the first step: the next one may bring another batch
@@ -333,7 +364,8 @@ class LayerGroup:
 
     def reset(self) -> None:
         """Forget everything and give the memory back."""
-        self.pool, self.rows, self.storages = PagePool(), [], {}
+        self.pool, self.sealed, self.rows, self.storages = PagePool(), PagePool(first=SEALED), [], {}
+        self.table_version += 1
         self.evicted_pages, self.pads = 0, None  # the padding was that of the text which is forgotten
         self.recording = self._late = False
         self._set_seen(0)
@@ -342,6 +374,8 @@ class LayerGroup:
         self.seen, self.plan, self.request = seen, None, None
         self.progress = {layer: seen if at else 0 for layer, at in self.progress.items()}
 
-    def holders(self) -> dict[int, int]:
-        """Page → number of rows that list it, recomputed from the table."""
-        return Counter(page for row in self.rows for _, page in row.pages())
+    def holders(self) -> tuple[dict[int, int], dict[int, int]]:
+        """Page → number of rows that list it, recomputed from the table: of open and of sealed pages."""
+        counts = Counter(page for row in self.rows for _, page in row.pages())
+        sealed = {page: count for page, count in counts.items() if page >= SEALED}
+        return {page: count for page, count in counts.items() if page < SEALED}, sealed

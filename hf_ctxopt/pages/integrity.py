@@ -6,21 +6,30 @@ import logging
 
 from ..errors import IntegrityError
 from .group import LayerGroup
+from .pool import SEALED
 
 logger = logging.getLogger(__name__)
 
 
 def violations(group: LayerGroup) -> list[str]:
     """Everything in which counters, table and storages disagree; empty when all is well."""
-    found = group.pool.violations(group.holders())
+    open_pages, sealed = group.holders()
+    found = group.pool.violations(open_pages) + group.sealed.violations(sealed)
     for index, row in enumerate(group.rows):
         listed = [logical for logical, _ in row.pages()]
         wanted = [page for pages in group.wanted_pages(row.length, row.lower) for page in pages]
         if listed != wanted:
             found.append(f"row {index} lists logical pages {listed} for tokens [{row.lower}, {row.length})")
+        first = 0 if group.codecs is None else group.codecs.open_first
+        late = [logical for logical, page in row.pages() if (page >= SEALED) != (first <= logical < row.sealed)]
+        if late and group.codecs is not None:
+            found.append(f"row {index} has pages {late} of the wrong kind: sealed are {first} to {row.sealed - 1}")
         if row.length != max(0, group.seen - row.pad):
             found.append(f"row {index} has {row.length} tokens, {max(0, group.seen - row.pad)} were seen")
-    small = [layer for layer, storage in group.storages.items() if storage.capacity < group.pool.capacity]
+    sizes = {layer: (storage.capacity, storage.sealed_capacity) for layer, storage in group.storages.items()}
+    small = [
+        layer for layer, size in sizes.items() if size[0] < group.pool.capacity or size[1] < group.sealed.capacity
+    ]
     if small:
         found.append(f"storages of layers {small} are smaller than the pool")
     return found
@@ -37,4 +46,6 @@ def check(group: LayerGroup, strict: bool) -> None:
         raise IntegrityError("; ".join(found))
     if found:
         logger.error("page accounts were wrong and have been rebuilt: %s", "; ".join(found))
-        group.pool.rebuild(group.holders())
+        open_pages, sealed = group.holders()
+        group.pool.rebuild(open_pages)
+        group.sealed.rebuild(sealed)

@@ -3,19 +3,40 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from .rows import Row, Stretch
 
 
+class Pages(NamedTuple):
+    """Numbers of open and of sealed pages."""
+
+    open: int
+    sealed: int
+
+
 @dataclass(frozen=True)
 class Write:
-    """Copy `length` new tokens of batch row `row`, from column `column` on, to token slot `slot` of the pool."""
+    """Copy `length` new tokens of batch row `row`, from column `column` on, to token slot `slot` of the pool.
+
+    A slot of a sealed page begins whole pages, which are encoded as they are written.
+    """
 
     row: int
     column: int
     slot: int
     length: int
+
+
+@dataclass(frozen=True)
+class Fill:
+    """Encode the open page `page`, filled up by `length` new tokens of row `row` from `column` on, into `sealed`."""
+
+    row: int
+    column: int
+    length: int
+    page: int
+    sealed: int
 
 
 @dataclass(frozen=True)
@@ -49,6 +70,7 @@ class StepRequest:
         keep: oldest non-sink token of each row that outlives the step.
         in_place: see `StepPlan`.
         evicting: whether a query of the step does not see some earlier token any more.
+        sealing: see `StepPlan`.
         pages: pages in use after the step.
     """
 
@@ -59,7 +81,8 @@ class StepRequest:
     keep: list[int]
     in_place: bool
     evicting: bool
-    pages: int
+    sealing: bool
+    pages: Pages
 
 
 @dataclass
@@ -69,8 +92,13 @@ class StepPlan:
     Args:
         in_place: new tokens are written first and everything is read from pages. Otherwise (a chunk longer than the
             window) the kept old tokens are read first, and only the new tokens that outlive the step are written.
+        sealing: pages that the step's own tokens fill are sealed as they are written, and its queries read the step's
+            tokens from the states themselves. Otherwise they are sealed when the next step begins.
+        seals: full open pages to encode first of all, `(open, sealed)`: those that one-token steps have filled.
+        fills: begun open pages that the step fills, encoded next.
         copies: pages to copy before writing, `(source, target)`: copy-on-write.
         writes: where the new tokens go.
+        encoded: layers that have carried out `seals` and `fills` (the open pages may be overwritten after that).
         memo: what the layers derive from the plan and share (index tensors, masks); gone with the plan.
         dense_before: columns of old tokens that the dense route presents, right-aligned.
     """
@@ -79,7 +107,11 @@ class StepPlan:
     queries: int
     in_place: bool
     dense_before: int
+    sealing: bool = False
     rows: list[RowStep] = field(default_factory=list)
+    seals: list[tuple[int, int]] = field(default_factory=list)
+    fills: list[Fill] = field(default_factory=list)
     copies: list[tuple[int, int]] = field(default_factory=list)
     writes: list[Write] = field(default_factory=list)
+    encoded: set[int] = field(default_factory=set)
     memo: dict[object, Any] = field(default_factory=dict)

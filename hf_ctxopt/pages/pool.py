@@ -10,7 +10,6 @@ from collections.abc import Iterable
 
 from ..errors import IntegrityError
 
-
 SEALED = 1 << 40
 """Sealed pages are numbered from here on, open pages from 0."""
 
@@ -130,7 +129,9 @@ class PagePool:
             for page, count in enumerate(self._refs, self.first)
             if count != held.get(page, 0)
         ]
-        found += [f"page {page} is held and does not exist" for page in held if not 0 <= page - self.first < self.capacity]
+        found += [
+            f"page {page} is held and does not exist" for page in held if not 0 <= page - self.first < self.capacity
+        ]
         zero = self._refs.count(0)
         if zero != self._free:
             found.append(f"{self._free} pages counted free, {zero} are")

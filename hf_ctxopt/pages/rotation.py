@@ -18,7 +18,7 @@ _SEED = 0x5EED
 
 @lru_cache(maxsize=32)
 def rotation_matrix(size: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Orthogonal `(size, size)`: random signs, then Hadamard blocks of the largest power of two that divides `size`."""
+    """Orthogonal `(size, size)`: random signs, then Hadamard blocks of the largest power of two dividing `size`."""
     block = size & -size
     hadamard = torch.ones(1, 1, dtype=torch.float64)
     while hadamard.shape[0] < block:
@@ -26,7 +26,8 @@ def rotation_matrix(size: int, device: torch.device, dtype: torch.dtype) -> Tens
     signs = torch.randint(0, 2, (size,), generator=torch.Generator().manual_seed(_SEED)) * 2 - 1
     blocks = torch.block_diag(*[hadamard / math.sqrt(block)] * (size // block))
     with torch.inference_mode(False):
-        return (signs[:, None] * blocks).to(device=device, dtype=dtype)
+        turn: Tensor = (signs[:, None] * blocks).to(device=device, dtype=dtype)
+    return turn
 
 
 def rotate_channels(states: Tensor, back: bool = False) -> Tensor:

@@ -48,12 +48,14 @@ class Row:
         length: tokens seen.
         lower: oldest token held besides the first `sinks`; 0 until something was evicted.
         runs: the pages, in text order.
+        sealed: logical pages before this one that were full are sealed, but for leading ones that stay open.
     """
 
     pad: int = 0
     length: int = 0
     lower: int = 0
     runs: list[Run] = field(default_factory=list)
+    sealed: int = 0
 
     def pages(self) -> Iterator[tuple[int, int]]:
         """(logical page, pool page) pairs in text order."""
@@ -110,6 +112,8 @@ class Row:
 
     def drop(self, start: int, stop: int) -> list[int]:
         """Stop holding logical pages `[start, stop)`; returns their pool pages."""
+        if not any(run.first < stop and start < run.first + run.count for run in self.runs):
+            return []
         gone: list[int] = []
         kept: list[Run] = []
         for run in self.runs:
@@ -147,4 +151,4 @@ class Row:
 
     def copy(self) -> Row:
         """An independent row over the same pages (the caller counts the new references)."""
-        return Row(self.pad, self.length, self.lower, [Run(r.first, r.page, r.count) for r in self.runs])
+        return Row(self.pad, self.length, self.lower, [Run(r.first, r.page, r.count) for r in self.runs], self.sealed)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..errors import ConfigError
 from .codec import Codec
 
 
@@ -27,6 +28,15 @@ class Codecs:
     rotate_keys: bool = False
     rotate_values: bool = False
     open_first: int = 1
+
+    def check(self, keys: Tensor, values: Tensor) -> None:
+        """Raise `ConfigError` unless states `(..., head_dim)` of these sizes can be packed."""
+        for name, codec, states in (("k", self.keys, keys), ("v", self.values, values)):
+            if states.shape[-1] % codec.planes:
+                allowed = (
+                    f"more bits, or 16: head size {states.shape[-1]} does not fill whole bytes at {codec.bits} bits"
+                )
+                raise ConfigError(f"kv_bits[{name!r}]", codec.bits, allowed)
 
     def page_bytes(self, keys: Tensor, values: Tensor, page_size: int) -> int:
         """Bytes of one sealed page for states `(batch, kv_heads, seq, head_dim)`."""

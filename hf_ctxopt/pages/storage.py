@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..kernels.sealed import SealedSegment, SealedTokens
 from .pool import SEALED
 from .rotation import rotate_channels, rotation_matrix
 from .rows import Stretch
@@ -84,8 +85,7 @@ class LayerStorage:
         A kind is allocated before any of it is replaced: an allocation that fails leaves it as it was.
         """
         if self.parts and sealed != self.sealed_capacity:
-            keep = slice(min(sealed, self.sealed_capacity))
-            moved = [part.moved(keep, sealed) for part in self.parts]
+            moved = [part.moved(slice(min(sealed, self.sealed_capacity)), sealed) for part in self.parts]
             for part, (codes, scales) in zip(self.parts, moved, strict=True):
                 part.codes, part.scales = codes, scales
         if capacity == self.capacity:
@@ -108,6 +108,10 @@ class LayerStorage:
 
         return moved(self.keys), moved(self.values)
 
+    def compacted_sealed(self, pages: list[int], capacity: int) -> list[tuple[Tensor, Tensor]]:
+        """Codes and scales of K and of V for `capacity` sealed pages that begin with copies of the listed ones."""
+        return [part.moved([page - SEALED for page in pages], capacity) for part in self.parts]
+
     def seal(self, pairs: list[tuple[int, int]]) -> None:
         """Encode full open pages into sealed ones, `(open, sealed)` each."""
         if not pairs:
@@ -118,6 +122,25 @@ class LayerStorage:
             targets = [target - SEALED for _, target in pairs]
             part.codes[:, targets] = codes
             part.scales[:, targets] = scales
+
+    def fill(self, page: int, sealed: int, keys: Tensor, values: Tensor) -> None:
+        """Encode an open page and the new tokens that fill it up into a sealed one; the open page is not written.
+
+        Args:
+            page: the open page.
+            sealed: the sealed page.
+            keys: `(kv_heads, tokens, key_dim)`, the page's last tokens.
+            values: `(kv_heads, tokens, value_dim)`.
+        """
+        for part, stored, new in zip(self.parts, (self.keys, self.values), (keys, values), strict=True):
+            held = stored[:, page, : self.page_size - new.shape[1]]
+            part.write(sealed - SEALED, torch.cat([held, new.to(held.dtype)], dim=1)[:, None])
+
+    def close(self, page: int, sealed: int, tokens: int) -> None:
+        """Encode an open page that holds `tokens` tokens, as if its last token filled it up."""
+        keys, values = (stored[:, page, tokens - 1 : tokens] for stored in (self.keys, self.values))
+        rest = self.page_size - tokens
+        self.fill(page, sealed, keys.expand(-1, rest, -1), values.expand(-1, rest, -1))
 
     def reopen(self, sealed: int, page: int) -> None:
         """Decode a sealed page into an open one: its last tokens were taken back and others will follow."""
@@ -170,6 +193,23 @@ class LayerStorage:
         asked = ((self.keys, self.codecs.rotate_keys), (self.values, self.codecs.rotate_values))
         keys, values = (rotation_matrix(t.shape[-1], t.device, t.dtype) if turn else None for t, turn in asked)
         return keys, values
+
+    def segment(self, stretch: Stretch, query: Tensor | None) -> SealedSegment:
+        """A stretch of sealed pages as attention reads it; `query` as in `SealedSegment`."""
+        first, skip = divmod(stretch.slot - SEALED * self.page_size, self.page_size)
+        pages = slice(first, first - (-(skip + stretch.length) // self.page_size))
+        keys, values = (
+            SealedTokens(part.codes[:, pages], part.scales[:, pages], part.codec.bits) for part in self.parts
+        )
+        return SealedSegment(keys, values, skip, stretch.length, query)
+
+    def turned_query(self, query: Tensor) -> Tensor:
+        """Queries `(..., key_dim)` in the basis of the stored keys."""
+        return rotate_channels(query) if self.codecs is not None and self.codecs.rotate_keys else query
+
+    def plain_values(self, mixed: Tensor) -> Tensor:
+        """Weighted sums of stored values `(..., value_dim)` in the model's own basis."""
+        return rotate_channels(mixed, back=True) if self.codecs is not None and self.codecs.rotate_values else mixed
 
     def plain(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Stored K and V `(..., head_dim)` in the model's own basis."""

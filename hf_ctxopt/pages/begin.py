@@ -1,0 +1,132 @@
+"""Beginning a step that was admitted: evict, seal, extend the rows, and list what every layer has to do.
+
+The order matters: all drops come before all takes, because what one row gives back another may need, and pages are
+sealed before any is written, because an open page that was sealed may be taken again in the same step.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from .capacity import trim
+from .plan import Fill, RowStep, StepPlan, StepRequest, Write
+from .pool import SEALED
+from .rows import Row, Stretch
+
+if TYPE_CHECKING:
+    from .group import LayerGroup
+
+
+def begin(group: LayerGroup, request: StepRequest) -> StepPlan:
+    """Change the group's table for the step and return the plan that its layers carry out."""
+    group.request, group.rows = None, request.rows
+    plan = StepPlan(group.seen, request.queries, request.in_place, group.dense_length(), request.sealing)
+    group.before_eviction = None if request.evicting else group.before_eviction
+    evict(group)
+    starts = [_retire(group, row, keep, plan.in_place) for row, keep in zip(group.rows, request.keep, strict=True)]
+    if group.codecs is not None:
+        _seal(group, plan)
+        if plan.sealing:
+            for index, row in enumerate(group.rows):
+                _fill(group, plan, index, row, request.ends[index])
+    for index, (before, start, lower) in enumerate(starts):
+        after = _extend(group, plan, index, request.ends[index], request.keep[index])
+        step = RowStep(group.rows[index].pad, start, request.ends[index], lower, before,
+                       after if plan.in_place else [])  # fmt: skip
+        plan.rows.append(step)
+    group.seen += request.queries
+    return plan
+
+
+def evict(group: LayerGroup) -> None:
+    """Drop what no query from the next one on can see."""
+    for row in group.rows:
+        row.lower = max(row.lower, group.policy.horizon(row.length))
+        if row.lower:
+            group.drop_below(row, row.lower, row.length)
+    trim(group)
+
+
+def _retire(group: LayerGroup, row: Row, keep: int, in_place: bool) -> tuple[list[Stretch], int, int]:
+    """Drop what will not outlive the step; returns what was held, the tokens seen and the lower bound."""
+    before = [] if in_place else row.stretches(group.page_size, group.policy.sinks)
+    if keep > row.lower:
+        group.drop_below(row, keep, row.length)
+    return before, row.length, row.lower
+
+
+def _seal(group: LayerGroup, plan: StepPlan) -> None:
+    """Exchange open pages that are full for sealed ones. Rows that share a page share the sealed one too."""
+    done: dict[int, int] = {}
+    for row in group.rows:
+        for logical, page in group.unsealed(row):
+            if page in done:
+                group.sealed.share([done[page]])
+            else:
+                done[page] = group.sealed.take(1, _last(row, sealed=True), leave_room=len(group.rows) > 1)[0]
+                plan.seals.append((page, done[page]))
+            group.replace(row, logical, done[page])
+        row.sealed = max(row.sealed, row.length // group.page_size)
+
+
+def _last(row: Row, sealed: bool) -> int | None:
+    """The row's last sealed, or last open, page: where the next one had best follow."""
+    runs = (run for run in reversed(row.runs) if (run.page >= SEALED) == sealed)
+    return next((run.page + run.count - 1 for run in runs), None)
+
+
+def _fill(group: LayerGroup, plan: StepPlan, index: int, row: Row, end: int) -> None:
+    """Exchange a begun page that the step fills for the sealed page it becomes."""
+    page = group.filled_page(row, end)
+    if page is None:
+        return
+    size, logical = group.page_size, row.length // group.page_size
+    sealed = group.sealed.take(1, _last(row, sealed=True), leave_room=len(group.rows) > 1)[0]
+    column = row.length - end + plan.queries
+    plan.fills.append(Fill(index, column, (logical + 1) * size - row.length, page, sealed))
+    group.replace(row, logical, sealed)
+
+
+def _extend(group: LayerGroup, plan: StepPlan, index: int, end: int, keep: int) -> list[Stretch]:
+    """Add the row's new pages and list its writes; returns all tokens held after the step."""
+    row, start, size = group.rows[index], group.rows[index].length, group.page_size
+    if end > start:
+        _own_tail(group, plan, row)
+    whole = group.sealed_directly(row, end) if plan.sealing else range(0)
+    missing = [page for pages in group.missing_pages(row, end, keep) for page in pages]
+    if missing:
+        direct = [logical for logical in missing if logical in whole]
+        room = len(group.rows) > 1
+        opened = iter(group.pool.take(len(missing) - len(direct), _last(row, sealed=False), room))
+        sealed = iter(group.sealed.take(len(direct), _last(row, sealed=True), room))
+        for logical in missing:
+            row.add(logical, next(sealed if logical in whole else opened))
+        group.table_version += 1
+    row.length, row.lower = end, keep
+    if plan.sealing:
+        # A page that began in the middle, because its head was evicted, is sealed when the next step begins.
+        first = row.page_of(start // size) if start % size else None
+        row.sealed = max(row.sealed, min(end, start) // size if first is not None and first < SEALED else end // size)
+    held = row.stretches(size, group.policy.sinks)
+    for piece in held:
+        skip = max(0, start - piece.token)
+        if skip < piece.length and piece.slot < SEALED * size:
+            column = piece.token + skip - end + plan.queries
+            plan.writes.append(Write(index, column, piece.slot + skip, piece.length - skip))
+    for run in row.runs if whole else ():
+        # Whole pages, also where the step's own later tokens have pushed the first of them out of the window.
+        low, high = max(run.first, whole.start), min(run.first + run.count, whole.stop)
+        if low < high and run.page >= SEALED:
+            slot, column = (run.page + low - run.first) * size, low * size - end + plan.queries
+            plan.writes.append(Write(index, column, slot, (high - low) * size))
+    return held
+
+
+def _own_tail(group: LayerGroup, plan: StepPlan, row: Row) -> None:
+    """Copy-on-write: a partly filled last page that other rows hold too is copied before it is written."""
+    logical = row.length // group.page_size
+    page = row.page_of(logical)
+    if page is not None and page < SEALED and group.pool.references(page) > 1:
+        target = group.pool.take(1, page)[0]
+        plan.copies.append((page, target))
+        group.replace(row, logical, target)

@@ -1,0 +1,53 @@
+"""Carrying out a step's plan on the storage of one layer."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from .plan import StepPlan
+from .storage import LayerStorage
+
+
+def carry_out(plan: StepPlan, layer: int, storage: LayerStorage, keys: Tensor, values: Tensor) -> None:
+    """Seal, copy and write as the plan says.
+
+    Args:
+        plan: the step.
+        layer: index of the layer.
+        storage: its pages.
+        keys: the step's key states in the basis of the pages, `(batch, kv_heads, seq, key_dim)`.
+        values: its value states, `(batch, kv_heads, seq, value_dim)`.
+    """
+    if plan.seals or plan.fills:
+        storage.seal(plan.seals)
+        for fill in plan.fills:
+            part = slice(fill.column, fill.column + fill.length)
+            storage.fill(fill.page, fill.sealed, keys[fill.row, :, part], values[fill.row, :, part])
+        plan.encoded.add(layer)
+    storage.copy_pages(plan.copies)
+    write(plan, storage, keys, values)
+
+
+def prepare(plan: StepPlan, layer: int, storage: LayerStorage) -> None:
+    """What precedes the writes of a one-token step, whose states arrive later (see `caches/decode.py`)."""
+    if plan.seals:
+        storage.seal(plan.seals)
+        plan.encoded.add(layer)
+    if plan.copies:
+        storage.copy_pages(plan.copies)
+
+
+def write(plan: StepPlan, storage: LayerStorage, keys: Tensor, values: Tensor) -> None:
+    """Write a step's states, `(batch, kv_heads, seq, head_dim)` in the basis of the pages, into its pages."""
+    for part in plan.writes:
+        columns = slice(part.column, part.column + part.length)
+        storage.write(keys[part.row, :, columns], values[part.row, :, columns], part.slot)
+
+
+def take_back(plan: StepPlan, layer: int, storage: LayerStorage) -> None:
+    """Do what the table already lists in a layer that has not, or not fully, gone through a step that is undone."""
+    if layer not in plan.encoded:
+        storage.seal(plan.seals)
+        for fill in plan.fills:
+            storage.close(fill.page, fill.sealed, storage.page_size - fill.length)
+    storage.copy_pages(plan.copies)
