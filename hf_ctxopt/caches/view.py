@@ -16,6 +16,7 @@ from ..pages.group import Retention
 from ..pages.plan import RowStep, StepPlan
 from ..pages.rows import Stretch
 from ..pages.storage import LayerStorage
+from . import chunk
 from .context import NotReplayable
 from .decode import DecodeState
 from .positions import PositionLedger
@@ -24,8 +25,11 @@ from .positions import PositionLedger
 class Mask(Protocol):
     """A mask that can be asked about single positions (see `integration/mask.py`)."""
 
-    def plain(self, pads: Sequence[int]) -> bool:
-        """Whether it is causal attention over everything but `pads` columns of left padding."""
+    def plain(self, pads: Sequence[int], reach: int | None = None) -> bool:
+        """Whether it is causal attention over everything but `pads` columns of left padding.
+
+        `reach` is how many columns a query is compared with at most; a sliding window that wide hides nothing more.
+        """
 
     def at(self, row: int, queries: Tensor, keys: Tensor, labels: Tensor) -> Tensor | None:
         """Bool `(queries, keys)`; `None` if everything is visible."""
@@ -114,9 +118,11 @@ class StepView:
             own = query[index, :, query.shape[2] - count :]
             if count == 0:
                 out = own.new_zeros(own.shape[0], 0, self.values.shape[-1])
+            elif chunk.serves(self, own, mask):
+                out = chunk.attend_chunk(self, index, row, own, scaling, softcap, sink_logits)
             else:
                 segments, tokens = self._segments(index, row, own)
-                plain = self._plain(mask)
+                plain = self.plain(mask)
                 causal = plain and row.start == 0 and len(segments) == 1 and self.policy.horizon(row.stop - 1) == 0
                 visible = partial(self._visible, index, row, tokens, mask)
                 out = attend(own, segments, visible, scaling, softcap, sink_logits, causal)
@@ -137,16 +143,16 @@ class StepView:
         segments: list[Segment] = []
         tokens: list[range] = []
         for stretch, keys, values in pieces:
-            for token, length, base, sink in self._cut(row, stretch):
+            for token, length, base, sink in self.cut(row, stretch):
                 if (base, sink) not in turned:
-                    turned[base, sink] = self._turn(row, query, base, sink)
+                    turned[base, sink] = self.turned(row, query, base, sink)
                 at = token - stretch.token
                 part = slice(at, at + length)
                 segments.append(Segment(keys[:, part], values[:, part], token, turned[base, sink]))
                 tokens.append(range(token, token + length))
         return segments, tokens
 
-    def _cut(self, row: RowStep, stretch: Stretch) -> list[tuple[int, int, int, bool]]:
+    def cut(self, row: RowStep, stretch: Stretch) -> list[tuple[int, int, int, bool]]:
         """Cut a stretch at eras and behind the sinks: `(token, length, base, needs the sink shift)`."""
         sinks = self.policy.sinks if self.facts is not None and self.gap(row, row.stop - 1) else 0
         found = []
@@ -162,10 +168,10 @@ class StepView:
     def shifts(self, row: RowStep, stretch: Stretch) -> list[tuple[int, int, int]]:
         """Positions to turn a stretch's keys by, for the step's first query: `(token, length, shift)` each."""
         gap = self.gap(row, row.start)
-        cut = self._cut(row, stretch)
+        cut = self.cut(row, stretch)
         return [(token, n, base - self.ledger.base + gap * sink) for token, n, base, sink in cut]
 
-    def _turn(self, row: RowStep, query: Tensor, base: int, sink: bool) -> Tensor | None:
+    def turned(self, row: RowStep, query: Tensor, base: int, sink: bool) -> Tensor | None:
         """The queries as they must be to meet keys of an era and, for sinks, over the gap; `None` if as they are."""
         drift = base - self.ledger.base
         if self.facts is None or (drift == 0 and not sink):
@@ -181,7 +187,7 @@ class StepView:
 
     def _shows_all(self, mask: Mask | None) -> bool:
         """Whether a one-token step's queries see every token the pages hold for them."""
-        if self._plain(mask):
+        if self.plain(mask):
             return True
         for index, row in enumerate(self.plan.rows):
             tokens = [range(part.token, part.token + part.length) for part in row.after]
@@ -189,8 +195,10 @@ class StepView:
                 return False
         return True
 
-    def _plain(self, mask: Mask | None) -> bool:
-        return mask is None or mask.plain([row.pad for row in self.plan.rows])
+    def plain(self, mask: Mask | None) -> bool:
+        held = self.policy.most_held
+        reach = None if held is None else held + self.policy.sinks
+        return mask is None or mask.plain([row.pad for row in self.plan.rows], reach)
 
     def _visible(
         self, index: int, row: RowStep, tokens: list[range], mask: Mask | None, start: int, stop: int
@@ -209,7 +217,7 @@ class StepView:
         """Which keys the row's queries `[start, stop)` see, bool `(queries, keys)`; `None` for all."""
         device, sinks = self.keys.device, self.policy.sinks
         single = self.plan.queries == 1 and self.old is None
-        plain = self._plain(mask)
+        plain = self.plain(mask)
         if single and plain:
             return None  # a one-token step holds exactly what its query may see
         query = torch.arange(row.start + start, row.start + stop, device=device)[:, None]

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from ..caches.handle import KVHandle
+from ..kernels.sdpa import without_cudnn
 from .mask import LazyMask
 
 
@@ -83,4 +84,5 @@ def _stock(
     if isinstance(mask, LazyMask):
         mask = mask.dense(eager and function is not sdpa_attention_forward, query.dtype)
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
-    return function(module, query, key, value, mask, dropout=dropout, scaling=scale, **kwargs)
+    with without_cudnn(query):
+        return function(module, query, key, value, mask, dropout=dropout, scaling=scale, **kwargs)

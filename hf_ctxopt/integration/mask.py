@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.masking_utils import causal_mask_function, eager_mask, sdpa_mask
+from transformers.masking_utils import causal_mask_function, eager_mask, sdpa_mask, sliding_window_causal_mask_function
 
 
 class LazyMask:
@@ -27,11 +27,18 @@ class LazyMask:
     def __init__(self, **arguments: Any) -> None:
         self.arguments = arguments
         self._pads: list[int] | None = None
+        self._sliding: bool | None = None
         self._full: Tensor | None = None
 
-    def plain(self, pads: Sequence[int]) -> bool:
-        """Whether it is causal attention over all but `pads` columns of left padding, which pages never hold."""
-        if self.arguments.get("mask_function") is not causal_mask_function:
+    def plain(self, pads: Sequence[int], reach: int | None = None) -> bool:
+        """Whether it is causal attention over all but `pads` columns of left padding, which pages never hold.
+
+        Args:
+            pads: left-padding columns of each row.
+            reach: columns that a query is compared with at most, its own included; `None` for all. A sliding window
+                that wide hides nothing more.
+        """
+        if not self._causal(reach):
             return False
         padding: Tensor | None = self.arguments.get("attention_mask")
         if padding is None:
@@ -40,6 +47,16 @@ class LazyMask:
             rising = (padding[:, 1:] >= padding[:, :-1]).all(1)
             self._pads = torch.where(rising, (padding == 0).sum(1), -1).tolist()  # -1: zeros elsewhere
         return self._pads == list(pads)
+
+    def _causal(self, reach: int | None) -> bool:
+        function, window = self.arguments.get("mask_function"), self.arguments.get("local_size")
+        if function is causal_mask_function:
+            return True
+        if reach is None or not isinstance(window, int) or window < reach:
+            return False
+        if self._sliding is None:
+            self._sliding = _alike(function, sliding_window_causal_mask_function(window))
+        return self._sliding
 
     def at(self, row: int, queries: Tensor, keys: Tensor, labels: Tensor) -> Tensor | None:
         """Ask about single positions.
@@ -91,6 +108,17 @@ class LazyMask:
     def contiguous(self) -> LazyMask:
         """Itself: nothing is built yet."""
         return self
+
+
+def _alike(one: Any, other: Any) -> bool:
+    """Whether two functions, made anew each step, are the same code over the same captured values."""
+    if isinstance(one, tuple) and isinstance(other, tuple):
+        return len(one) == len(other) and all(map(_alike, one, other))
+    code = getattr(one, "__code__", None)
+    if code is None or code is not getattr(other, "__code__", None):
+        return bool(one == other)
+    cells = ([cell.cell_contents for cell in function.__closure__ or ()] for function in (one, other))
+    return all(map(_alike, *cells))
 
 
 def lazy_mask(**arguments: Any) -> LazyMask:

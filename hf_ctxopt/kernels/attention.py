@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional
+
+from .sdpa import sdpa
 
 QUERY_BLOCK = 256  # bounds the float32 scores of a long prefill to (heads, 256, keys)
 
@@ -83,19 +84,15 @@ def _fused(query: Tensor, segment: Segment, visible: Visible, scaling: float, ca
         packed = query.view(segment.keys.shape[0], groups, -1)
         mask = visible(0, 1)
         seen = None if mask is None else mask.expand(groups, -1)
-        out = functional.scaled_dot_product_attention(packed[None], keys, values, attn_mask=seen, scale=scaling)
+        out = sdpa(packed[None], keys, values, attn_mask=seen, scale=scaling)
         return _blank(out[0].reshape(heads, 1, -1), mask)
     if causal:
-        return functional.scaled_dot_product_attention(
-            query[None], keys, values, is_causal=True, scale=scaling, enable_gqa=groups > 1
-        )[0]
+        return sdpa(query[None], keys, values, is_causal=True, scale=scaling, enable_gqa=groups > 1)[0]
     blocks = []
     for start in range(0, queries, QUERY_BLOCK):
         part = query[None, :, start : start + QUERY_BLOCK]
         mask = visible(start, start + part.shape[2])
-        out = functional.scaled_dot_product_attention(
-            part, keys, values, attn_mask=mask, scale=scaling, enable_gqa=groups > 1
-        )
+        out = sdpa(part, keys, values, attn_mask=mask, scale=scaling, enable_gqa=groups > 1)
         blocks.append(_blank(out[0], mask))
     return blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=1)
 

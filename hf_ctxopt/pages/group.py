@@ -36,6 +36,10 @@ class Retention(Protocol):
     def most_held(self) -> int | None:
         """Most non-sink tokens a query sees; `None` if unbounded."""
 
+    @property
+    def slides(self) -> bool:
+        """Whether every query sees exactly its last `most_held` tokens besides the sinks."""
+
     def horizon(self, token: int) -> int:
         """Oldest non-sink token the query at `token` may see; never decreases."""
 

@@ -32,6 +32,11 @@ class SinkWindow:
         """Whether memory stays bounded however long the text is."""
         return self.window is not None
 
+    @property
+    def slides(self) -> bool:
+        """Whether the horizon is a plain window, that is, moves with every token or never."""
+        return self.n_discard is None
+
     def horizon(self, token: int) -> int:
         """Index of the oldest non-sink token that the query at index `token` may see.
 

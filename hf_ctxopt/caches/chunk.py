@@ -1,0 +1,93 @@
+"""A chunk of queries against a row's history and its own keys, piece by piece: the fused route's prefill on a GPU.
+
+Scratch is bounded by the chunk and by `PIECE`, whatever the length of the context: quantized history is decoded one
+piece at a time, and no mask is built.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ..kernels.prefill import Piece, attend_pieces
+from ..pages.plan import RowStep
+from ..pages.rows import Stretch
+
+if TYPE_CHECKING:
+    from .view import Mask, StepView
+
+PIECE = 4096  # most tokens of quantized history that are decoded at once
+DEVICES = {"cuda"}  # elsewhere torch's own fused attention over views is as good
+
+
+def serves(view: StepView, query: Tensor, mask: Mask | None) -> bool:
+    """Whether what the queries `(heads, queries, key_dim)` see is a plain window over the row's tokens.
+
+    Masks of other shapes and windows that move in jumps (`n_discard`) are asked about position by position instead.
+    """
+    if query.device.type not in DEVICES or query.shape[1] == 1 or not view.policy.slides:
+        return False
+    learning = torch.is_grad_enabled() and (query.requires_grad or view.keys.requires_grad)
+    return not learning and view.plain(mask)
+
+
+def attend_chunk(
+    view: StepView,
+    index: int,
+    row: RowStep,
+    query: Tensor,
+    scaling: float,
+    softcap: float | None,
+    sink_logits: Tensor | None,
+) -> Tensor:
+    """Attention of one row's chunk.
+
+    Args:
+        view: the layer's step.
+        index: the row.
+        row: its part in the step.
+        query: `(heads, queries, key_dim)`.
+        scaling: factor on the scores.
+        softcap: see `kernels.prefill.attend_piece`.
+        sink_logits: `(heads,)` or `None`.
+
+    Returns:
+        `(heads, queries, value_dim)`.
+    """
+    return attend_pieces(_pieces(view, index, row, query), scaling, softcap, sink_logits)
+
+
+def _pieces(view: StepView, index: int, row: RowStep, query: Tensor) -> Iterator[Piece]:
+    turned: dict[tuple[int, bool], Tensor] = {}
+    sinks = view.policy.sinks
+    for stretch, keys, values in _stretches(view, index, row):
+        for token, length, base, over_gap in view.cut(row, stretch):
+            if (base, over_gap) not in turned:
+                moved = view.turned(row, query, base, over_gap)
+                turned[base, over_gap] = query if moved is None else moved
+            # The sinks are seen whatever the window.
+            inside = length if view.policy.most_held is None else min(max(0, sinks - token), length)
+            for start, stop, window in ((0, inside, None), (inside, length, view.policy.most_held)):
+                part = slice(token + start - stretch.token, token + stop - stretch.token)
+                if start < stop:
+                    offset = token + start - row.start
+                    yield Piece(turned[base, over_gap], keys[:, part], values[:, part], offset, window)
+
+
+def _stretches(view: StepView, index: int, row: RowStep) -> Iterator[tuple[Stretch, Tensor, Tensor]]:
+    """The row's history, then the chunk's own states as they came."""
+    if view.old is not None:
+        yield from view.old[index]
+    else:
+        for stretch in row.after:
+            length = min(stretch.length, row.start - stretch.token)
+            most = PIECE if stretch.sealed(view.storage.page_size) else length
+            for start in range(0, length, max(1, most)):
+                part = Stretch(stretch.slot + start, stretch.token + start, min(most, length - start))
+                yield part, *view.storage.read(part)
+    first = view.plan.queries - (row.stop - row.start)
+    new = Stretch(-1, row.start, row.stop - row.start)
+    yield new, view.keys[index, :, first:], view.values[index, :, first:]
