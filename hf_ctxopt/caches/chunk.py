@@ -19,6 +19,7 @@ from ..pages.rows import Stretch
 if TYPE_CHECKING:
     from .view import Mask, StepView
 
+Bases = tuple[Tensor | None, Tensor | None]
 PIECE = 4096  # most tokens of quantized history that are decoded at once
 DEVICES = {"cuda"}  # elsewhere torch's own fused attention over views is as good
 
@@ -57,17 +58,20 @@ def attend_chunk(
     Returns:
         `(heads, queries, value_dim)`.
     """
-    return attend_pieces(_pieces(view, index, row, query), scaling, softcap, sink_logits)
+    bases = view.storage.bases if row.start else (None, None)  # without history nothing is read from pages
+    out = attend_pieces(_pieces(view, index, row, query, bases), scaling, softcap, sink_logits)
+    return out if bases[1] is None else out @ bases[1].T
 
 
-def _pieces(view: StepView, index: int, row: RowStep, query: Tensor) -> Iterator[Piece]:
+def _pieces(view: StepView, index: int, row: RowStep, query: Tensor, bases: Bases) -> Iterator[Piece]:
+    """All of the row's tokens, keys and values in the basis that pages are stored in."""
     turned: dict[tuple[int, bool], Tensor] = {}
     sinks = view.policy.sinks
-    for stretch, keys, values in _stretches(view, index, row):
+    for stretch, keys, values in _stretches(view, index, row, bases):
         for token, length, base, over_gap in view.cut(row, stretch):
             if (base, over_gap) not in turned:
                 moved = view.turned(row, query, base, over_gap)
-                turned[base, over_gap] = query if moved is None else moved
+                turned[base, over_gap] = _in_basis(query if moved is None else moved, bases[0])
             # The sinks are seen whatever the window.
             inside = length if view.policy.most_held is None else min(max(0, sinks - token), length)
             for start, stop, window in ((0, inside, None), (inside, length, view.policy.most_held)):
@@ -77,7 +81,11 @@ def _pieces(view: StepView, index: int, row: RowStep, query: Tensor) -> Iterator
                     yield Piece(turned[base, over_gap], keys[:, part], values[:, part], offset, window)
 
 
-def _stretches(view: StepView, index: int, row: RowStep) -> Iterator[tuple[Stretch, Tensor, Tensor]]:
+def _in_basis(states: Tensor, basis: Tensor | None) -> Tensor:
+    return states if basis is None else states @ basis
+
+
+def _stretches(view: StepView, index: int, row: RowStep, bases: Bases) -> Iterator[tuple[Stretch, Tensor, Tensor]]:
     """The row's history, then the chunk's own states as they came."""
     if view.old is not None:
         yield from view.old[index]
@@ -90,4 +98,4 @@ def _stretches(view: StepView, index: int, row: RowStep) -> Iterator[tuple[Stret
                 yield part, *view.storage.read(part)
     first = view.plan.queries - (row.stop - row.start)
     new = Stretch(-1, row.start, row.stop - row.start)
-    yield new, view.keys[index, :, first:], view.values[index, :, first:]
+    yield new, _in_basis(view.keys[index, :, first:], bases[0]), _in_basis(view.values[index, :, first:], bases[1])
