@@ -55,19 +55,21 @@ def attend_chunk(
         sink_logits: `(heads,)` or `None`.
 
     Returns:
-        `(heads, queries, value_dim)`.
+        `(heads, queries, value_dim)`, where there is history in the basis that pages are stored in.
     """
     return attend_pieces(_pieces(view, index, row, query), scaling, softcap, sink_logits)
 
 
 def _pieces(view: StepView, index: int, row: RowStep, query: Tensor) -> Iterator[Piece]:
+    """All of the row's tokens; where there is history, everything is in the basis that pages are stored in."""
+    own = view.storage.turned_query(query) if row.start else query
     turned: dict[tuple[int, bool], Tensor] = {}
     sinks = view.policy.sinks
     for stretch, keys, values in _stretches(view, index, row):
         for token, length, base, over_gap in view.cut(row, stretch):
             if (base, over_gap) not in turned:
                 moved = view.turned(row, query, base, over_gap)
-                turned[base, over_gap] = query if moved is None else moved
+                turned[base, over_gap] = own if moved is None else moved
             # The sinks are seen whatever the window.
             inside = length if view.policy.most_held is None else min(max(0, sinks - token), length)
             for start, stop, window in ((0, inside, None), (inside, length, view.policy.most_held)):
@@ -90,4 +92,5 @@ def _stretches(view: StepView, index: int, row: RowStep) -> Iterator[tuple[Stret
                 yield part, *view.storage.read(part)
     first = view.plan.queries - (row.stop - row.start)
     new = Stretch(-1, row.start, row.stop - row.start)
-    yield new, view.keys[index, :, first:], view.values[index, :, first:]
+    keys, values = view.stored if row.start and view.stored is not None else (view.keys, view.values)
+    yield new, keys[index, :, first:], values[index, :, first:]

@@ -120,17 +120,18 @@ class StepView:
             count = row.stop - row.start
             own = query[index, :, query.shape[2] - count :]
             turned = row.start > 0  # a row's first tokens meet only each other, in the model's own basis
-            own = self.storage.turned_query(own) if turned else own
             if count == 0:
                 out = own.new_zeros(own.shape[0], 0, self.values.shape[-1])
             elif chunk.serves(self, own, mask):
                 out = chunk.attend_chunk(self, index, row, own, scaling, softcap, sink_logits)
+                out = self.storage.plain_values(out) if turned else out
             else:
-                segments, tokens = self._segments(index, row, query[index, :, query.shape[2] - count :])
+                segments, tokens = self._segments(index, row, own)
                 plain = self.plain(mask)
                 causal = plain and row.start == 0 and len(segments) == 1 and self.policy.horizon(row.stop - 1) == 0
                 visible = partial(self._visible, index, row, tokens, mask)
-                out = attend(own, segments, visible, scaling, softcap, sink_logits, causal)
+                asked = self.storage.turned_query(own) if turned else own
+                out = attend(asked, segments, visible, scaling, softcap, sink_logits, causal)
                 out = self.storage.plain_values(out) if turned else out
             pad = query.shape[2] - count
             rows.append(torch.nn.functional.pad(out, (0, 0, pad, 0)) if pad else out)

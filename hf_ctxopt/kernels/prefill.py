@@ -62,18 +62,26 @@ def attend_piece(piece: Piece, scaling: float, softcap: float | None = None) -> 
         `(heads, last - first)` in float32.
     """
     first, last = piece.span()
-    query, behind = piece.query[:, first:last], piece.offset - first
-    # Keys behind the last query are seen by none.
+    # Keys behind the last query are seen by none. Queries behind the last key need no causal limit, and must not have
+    # one: FlashAttention takes a right window as long as the keys for none at all, whatever the number of queries.
     keys, values = (part[:, : last - piece.offset] for part in (piece.keys, piece.values))
-    queries, tokens = query.shape[1], keys.shape[1]
-    # FlashAttention aligns both windows to the lower right corner: key j is seen if
+    edge = max(first, piece.offset + keys.shape[1])
+    parts = [(start, stop) for start, stop in ((first, min(edge, last)), (edge, last)) if start < stop]
+    found = [_attend(piece, keys, values, start, stop, scaling, softcap) for start, stop in parts]
+    return found[0] if len(found) == 1 else (torch.cat([f[0] for f in found], 1), torch.cat([f[1] for f in found], 1))
+
+
+def _attend(
+    piece: Piece, keys: Tensor, values: Tensor, first: int, last: int, scaling: float, softcap: float | None
+) -> tuple[Tensor, Tensor]:
+    """The queries `[first, last)`, all of them up to the last key's token, or all behind it."""
+    query, tokens = piece.query[:, first:last], keys.shape[1]
+    # Windows are aligned to the lower right corner: key j is seen if
     # i + tokens - queries - left <= j <= i + tokens - queries + right. -1 is no limit.
-    right = -1 if behind + tokens <= 1 else queries - behind - tokens
-    left = -1 if piece.window is None else behind + tokens - queries + piece.window - 1
-    if left >= tokens:
-        left = -1
+    right = 0 if first < piece.offset + tokens and last - first > 1 else -1
+    left = -1 if piece.window is None else piece.offset + tokens - last + piece.window - 1
     choice = prefill_backends.choose(query, keys, values, softcap)
-    return choice.attend(query, keys, values, scaling, left, right, softcap)
+    return choice.attend(query, keys, values, scaling, left if left < tokens else -1, right, softcap)
 
 
 def merge(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> tuple[Tensor, Tensor]:

@@ -92,7 +92,7 @@ def test_quantized_history_is_decoded_in_bounded_pieces(monkeypatch: pytest.Monk
         old=None, storage=SimpleNamespace(page_size=4, read=decode), plan=SimpleNamespace(queries=6),
         keys=torch.zeros(1, 2, 6, 8), values=torch.zeros(1, 2, 6, 8),
     )  # fmt: skip
-    found = [stretch for stretch, _, _ in pieces._stretches(view, 0, row)]
+    found = [stretch for stretch, _, _ in pieces._stretches(view, 0, row, (None, None))]
     assert [(part.token, part.length) for part in found] == [(0, 4), (4, 16), (20, 16), (36, 8), (44, 6), (50, 6)]
     assert found[:-1] == read
     assert read[2].slot == SEALED * 4 + 24
