@@ -89,10 +89,10 @@ def test_quantized_history_is_decoded_in_bounded_pieces(monkeypatch: pytest.Monk
     after = [Stretch(0, 0, 4), Stretch(SEALED * 4 + 8, 4, 40), Stretch(8, 44, 12)]
     row = RowStep(pad=0, start=50, stop=56, lower=0, before=[], after=after)
     view = SimpleNamespace(
-        old=None, storage=SimpleNamespace(page_size=4, read=decode), plan=SimpleNamespace(queries=6),
+        old=None, stored=None, storage=SimpleNamespace(page_size=4, read=decode), plan=SimpleNamespace(queries=6),
         keys=torch.zeros(1, 2, 6, 8), values=torch.zeros(1, 2, 6, 8),
     )  # fmt: skip
-    found = [stretch for stretch, _, _ in pieces._stretches(view, 0, row, (None, None))]
+    found = [stretch for stretch, _, _ in pieces._stretches(view, 0, row)]
     assert [(part.token, part.length) for part in found] == [(0, 4), (4, 16), (20, 16), (36, 8), (44, 6), (50, 6)]
     assert found[:-1] == read
     assert read[2].slot == SEALED * 4 + 24
