@@ -1,4 +1,4 @@
-# mypy: disable-error-code="misc, no-untyped-def"
+# mypy: disable-error-code="misc, no-untyped-def, untyped-decorator"
 """One split of the paged decode attention: a program reads its share of one row's pages for one KV head.
 
 Query rows of a program are the pairs (variant, group), `variant * G + group`. A program reads either raw or sealed
