@@ -105,8 +105,12 @@ def check(
         raise ConfigError("raw_keys", tuple(raw_keys.shape), "contiguous pages like those of V")
     if turned is not None:
         shape, half = turned.cos.shape, turned.cos.shape[-1]
+        if not (turned.cos.is_contiguous() and turned.sin.is_contiguous()):
+            raise ConfigError("turned", "strided angles", "contiguous tensors")
         if shape != turned.sin.shape or shape[:2] != (batch, variants) or turned.start + 2 * half > key_dim:
             raise ConfigError("turned", tuple(shape), f"({batch}, {variants}, at most {key_dim - turned.start} / 2)")
     for name, basis, dim in (("key_basis", key_basis, key_dim), ("value_basis", value_basis, value_dim)):
-        if basis is not None and (basis.shape != (dim, dim) or basis.dtype != raw_keys.dtype):
-            raise ConfigError(name, (tuple(basis.shape), basis.dtype), f"({dim}, {dim}) in {raw_keys.dtype}")
+        if basis is None:
+            continue
+        if basis.shape != (dim, dim) or basis.dtype != raw_keys.dtype or not basis.is_contiguous():
+            raise ConfigError(name, (tuple(basis.shape), basis.dtype), f"contiguous {(dim, dim)}, {raw_keys.dtype}")

@@ -136,7 +136,7 @@ def decode_reference(
         entries, sink_entries, jump = state[0], state[3], state[4]
         if not entries:
             continue
-        read = [_page(pages, reference) for reference in table[row, :entries].tolist()]
+        read = [page_states(pages, reference) for reference in table[row, :entries].tolist()]
         keys = torch.cat([page[0] for page in read], dim=1).repeat_interleave(groups, dim=0)
         values = torch.cat([page[1] for page in read], dim=1).repeat_interleave(groups, dim=0)
         entry = torch.arange(entries, device=query.device).repeat_interleave(size)
@@ -160,7 +160,7 @@ def decode_reference(
     return out, shares
 
 
-def _page(pages: PagedStates, reference: int) -> tuple[Tensor, Tensor]:
+def page_states(pages: PagedStates, reference: int) -> tuple[Tensor, Tensor]:
     """Keys and values of one page in float32, `(kv_heads, page_size, dim)` each."""
     if reference >= 0:
         return pages.raw_keys[:, reference].float(), pages.raw_values[:, reference].float()

@@ -1,4 +1,4 @@
-# mypy: disable-error-code="misc, no-untyped-def"
+# mypy: disable-error-code="misc, no-untyped-def, untyped-decorator"
 """Merging the splits of the paged decode attention, and the shares of each page."""
 
 import triton
@@ -24,10 +24,16 @@ def _peak_and_total(lse, sink_logits, head, index, valid, V: tl.constexpr, G: tl
 def combine_kernel(
     partial, lse, sink_logits, out, HEADS: tl.constexpr, V: tl.constexpr, G: tl.constexpr, DV: tl.constexpr,
     SPLITS: tl.constexpr, PARTS: tl.constexpr, CHUNK: tl.constexpr, BD: tl.constexpr, SINK: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
-    """Grid `(batch * heads, cdiv(DV, BD))`; variants of one head are merged like splits."""
+    """Grid `(batch * heads, cdiv(DV, BD))`; variants of one head are merged like splits.
+
+    With `EARLY` the launch may begin while the splits still run (programmatic dependent launch) and waits for them.
+    """
     at, block = tl.program_id(0), tl.program_id(1)
     head = at % HEADS
+    if EARLY:
+        tl.extra.cuda.gdc_wait()
     # partial is (batch, kv_heads, SPLITS * V, G, DV): a head's parts lie G apart
     base = (at // G).to(tl.int64) * (SPLITS * V * G) + at % G
     index = tl.arange(0, PARTS)
@@ -37,8 +43,7 @@ def combine_kernel(
     for first in tl.static_range(0, PARTS, CHUNK):
         part = first + tl.arange(0, CHUNK)
         value = tl.load(lse + base + part * G, mask=part < SPLITS * V, other=float("-inf"))
-        # Parts that saw nothing were perhaps never written: they are not read.
-        used = (value > float("-inf"))[:, None] & (d < DV)[None, :]
+        used = (part < SPLITS * V)[:, None] & (d < DV)[None, :]  # not the sums: their load need not come first
         states = tl.load(partial + (base + part * G)[:, None] * DV + d[None, :], mask=used, other=0.0)
         acc += states * tl.exp2(value - peak)[:, None]
     result = tl.sum(acc, 0) / tl.maximum(total, 1e-38)

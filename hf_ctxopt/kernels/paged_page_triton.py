@@ -1,4 +1,4 @@
-# mypy: disable-error-code="misc, no-untyped-def"
+# mypy: disable-error-code="misc, no-untyped-def, untyped-decorator"
 """What reading raw and sealed pages has in common: scores, exponentials and the shares of pages."""
 
 import triton

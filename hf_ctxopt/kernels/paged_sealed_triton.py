@@ -1,4 +1,4 @@
-# mypy: disable-error-code="misc, no-untyped-def"
+# mypy: disable-error-code="misc, no-untyped-def, untyped-decorator, assignment"
 """Sealed pages of the paged decode attention: from packed codes to partial outputs without a dense page in between.
 
 Tokens and channels are the rows of both matrix products and the queries their columns, so that the few queries of a

@@ -1,4 +1,4 @@
-# mypy: disable-error-code="misc, no-untyped-def"
+# mypy: disable-error-code="misc, no-untyped-def, untyped-decorator"
 """One split of the paged decode attention: a program reads its share of one row's pages for one KV head.
 
 Query rows of a program are the pairs (variant, group), `variant * G + group`. A program reads either raw or sealed
@@ -78,9 +78,11 @@ def split_kernel(
     P: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, DKP: tl.constexpr, DVP: tl.constexpr, ROWS: tl.constexpr,
     COLS: tl.constexpr, BN: tl.constexpr, KB: tl.constexpr, VB: tl.constexpr, UK: tl.constexpr, UV: tl.constexpr,
     UKP: tl.constexpr, UVP: tl.constexpr, CAP: tl.constexpr, SHARES: tl.constexpr, FAST: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Grid `(batch * H, splits)`; writes `partial (batch, H, splits, V, G, DV)` and `lse`, the same without `DV`."""
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()  # the merge may be started: it waits by itself
     pair, split, splits = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     batch, head = pair // H, (pair % H).to(tl.int64)
     state = rows + batch * state_width

@@ -11,6 +11,7 @@ from functools import cache
 
 import torch
 from torch import Tensor
+from triton import language as tl
 from triton.runtime.jit import JITFunction
 
 from hf_ctxopt.errors import ConfigError
@@ -47,6 +48,14 @@ def multiprocessors(device: torch.device) -> int:
     if device.type != "cuda":
         return 2
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+@cache
+def starts_early(device: torch.device) -> bool:
+    """Whether a launch may begin before the one it depends on has ended (compute capability 9 and later)."""
+    if INTERPRETED or device.type != "cuda" or not hasattr(tl.extra.cuda, "gdc_wait"):
+        return False
+    return torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def choose(pages: PagedStates, pairs: int, entries: int) -> Launch:
@@ -133,6 +142,7 @@ def decode(
         codes = (k_codes, sealed.k_scales.view(torch.int32), v_codes, sealed.v_scales)
     units = (key_dim * pages.k_bits // 16, value_dim * pages.v_bits // 16)
     common = {"V": variants, "G": groups}
+    early = starts_early(query.device)
     options = {"num_warps": launch.warps, "num_stages": launch.stages}
     if launch.registers is not None and not INTERPRETED:
         options["maxnreg"] = launch.registers
@@ -143,7 +153,7 @@ def decode(
         ROWS=_pad(variants * groups), COLS=_pad(variants * groups, 8), BN=launch.tokens, KB=pages.k_bits,
         VB=pages.v_bits, UK=units[0], UV=units[1],
         UKP=_pad(units[0]), UVP=_pad(units[1]), CAP=softcap is not None, SHARES=shares is not None,
-        FAST=not INTERPRETED, PRECISION="ieee", **common, **options,
+        FAST=not INTERPRETED, PRECISION="ieee", EARLY=early, **common, **options,
     )  # fmt: skip
     logit = lse if sink_logits is None else sink_logits
     common |= {
@@ -154,8 +164,9 @@ def decode(
     }
     block = min(_pad(value_dim), 64)
     combine_kernel[(batch * heads, -(-value_dim // block))](
-        partial, lse, logit, out, DV=value_dim, CHUNK=min(common["PARTS"], 64), BD=block, num_warps=4, **common
-    )
+        partial, lse, logit, out, DV=value_dim, CHUNK=min(common["PARTS"], 64), BD=block, EARLY=early,
+        num_warps=4, **({"launch_pdl": True} if early else {}), **common,
+    )  # fmt: skip
     if shares is not None:
         shares_kernel[(batch * heads, -(-entries // 1024))](
             page_lse, lse, logit, rows, shares, entries, rows.shape[1], BE=1024, num_warps=4, **common
