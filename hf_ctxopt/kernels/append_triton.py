@@ -60,17 +60,17 @@ def append_kernel(
     else:
         slot = tl.load(slots + batch).to(tl.int64)
         one = tl.arange(0, ONE)
-        live = one < tl.where(slot >= 0, 1, 0)
+        writes = one < tl.where(slot >= 0, 1, 0)
         line = head.to(tl.int64) * tokens + slot + one
         if part == 1:
-            read = keys + batch.to(tl.int64) * k_batch + head * k_head + one[:, None] * 0 + c[None, :] * k_dim
-            x = tl.load(read, mask=live[:, None] & (c < DK)[None, :], other=0.0)
-            _put(x, raw_keys + line * DK, live, key_basis, DK, DKP, BE, KEY_BASIS)
+            k_read = keys + batch.to(tl.int64) * k_batch + head * k_head + one[:, None] * 0 + c[None, :] * k_dim
+            k_new = tl.load(k_read, mask=writes[:, None] & (c < DK)[None, :], other=0.0)
+            _put(k_new, raw_keys + line * DK, writes, key_basis, DK, DKP, BE, KEY_BASIS)
         else:
             d = tl.arange(0, DVP)
-            read = values + batch.to(tl.int64) * v_batch + head * v_head + one[:, None] * 0 + d[None, :] * v_dim
-            x = tl.load(read, mask=live[:, None] & (d < DV)[None, :], other=0.0)
-            _put(x, raw_values + line * DV, live, value_basis, DV, DVP, BE, VALUE_BASIS)
+            v_read = values + batch.to(tl.int64) * v_batch + head * v_head + one[:, None] * 0 + d[None, :] * v_dim
+            v_new = tl.load(v_read, mask=writes[:, None] & (d < DV)[None, :], other=0.0)
+            _put(v_new, raw_values + line * DV, writes, value_basis, DV, DVP, BE, VALUE_BASIS)
 
 
 def append(
