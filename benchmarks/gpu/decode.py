@@ -133,7 +133,7 @@ def hqq4(model: Any, context: int, batch: int) -> Any:
     """Transformers' QuantizedCache, hqq, 4 bits."""
     from transformers import QuantizedCache
 
-    return fill(QuantizedCache("hqq", config=model.config, nbits=4), model, context, batch, chunk=context)
+    return fill(QuantizedCache("hqq", config=model.config, nbits=4, axis_key=1, axis_value=1), model, context, batch, chunk=context)
 
 
 def check(model: Any) -> list[dict[str, Any]]:
