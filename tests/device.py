@@ -1,7 +1,7 @@
 """A stand-in for a GPU on the CPU: kernels that read device state only, and graphs that replay a traced run.
 
-`torch.fx` records the operations of one forward pass with every host number fixed, as a CUDA graph does: whatever the
-recorded run took from the host and not from a buffer is stale in the next replay, and shows.
+A tape records the tensor operations of one forward pass with every host number fixed, as a CUDA graph does: whatever
+the recorded run took from the host and not from a buffer is stale in the next replay, and shows.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_ctxopt.caches import layer, planned
 from hf_ctxopt.integration import decode_graph
@@ -96,32 +96,37 @@ def _read(pages: PagedStates, table: Tensor) -> tuple[Tensor, Tensor]:
 KERNELS = DecodeKernels("stand-in", append, decode, lambda query, pages, entries: 0)
 
 
-class _Traced:
-    """A recorded run; `replay()` repeats its operations on the same buffers."""
+class _Tape(TorchDispatchMode):
+    """Records every tensor operation; `replay()` repeats them on the tensors they were recorded with."""
 
-    def __init__(self, module: Callable[..., Any], inputs: tuple[Tensor, ...], outputs: list[Tensor]) -> None:
-        self._module, self._inputs, self._outputs = module, inputs, outputs
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations: list[tuple[Any, tuple[Any, ...], dict[str, Any], Any]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        self.operations.append((func, args, kwargs or {}, out))
+        return out
 
     def replay(self) -> None:
-        for held, new in zip(self._outputs, self._module(*self._inputs), strict=True):
-            held.copy_(new)
+        for func, args, kwargs, held in self.operations:
+            found = func(*args, **kwargs)
+            pairs = zip(held, found, strict=True) if isinstance(held, (tuple, list)) else [(held, found)]
+            for old, new in pairs:
+                # Views and in-place results are the recorded memory already.
+                if isinstance(old, Tensor) and old.data_ptr() != new.data_ptr():
+                    old.copy_(new)
 
 
 def capture(
     body: Callable[[Tensor, Tensor], Any], ids: Tensor, positions: Tensor, key: tuple[Any, ...], warm: bool = False
 ) -> Capture:
-    """`integration.capture.capture` by tracing."""
+    """`integration.capture.capture` by recording: what the run takes from the host stays what it was."""
     held = ids.clone(), positions.expand(ids.shape[0], 1).clone()
-    output: list[Any] = []
-
-    def logits(ids: Tensor, positions: Tensor) -> list[Tensor]:
-        output[:] = [body(ids, positions)]
-        return [output[0].logits]
-
-    with torch.no_grad():
-        traced = make_fx(logits, tracing_mode="real")(*held)
-        result = type(output[0])(logits=traced(*held)[0].clone())
-    return Capture(_Traced(traced, held, [result.logits]), *held, result, key)
+    tape = _Tape()
+    with torch.no_grad(), tape:
+        output = body(*held)
+    return Capture(tape, *held, output, key)
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from inspect import Signature
 from typing import Any
 
 import torch
@@ -46,15 +47,24 @@ class Step:
         }  # fmt: skip
 
 
-def read_step(cache: PageCache, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Step | str:
+def named_arguments(signature: Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """All arguments of a call by name; empty where they do not fit the signature (the model itself will say so)."""
+    if not args:
+        return kwargs
+    try:
+        bound = signature.bind_partial(*args, **kwargs)
+    except TypeError:
+        return {}
+    return {**bound.arguments, **bound.arguments.pop("kwargs", {})}
+
+
+def read_step(cache: PageCache, given: dict[str, Any]) -> Step | str:
     """The step that a call asks for, or why no graph can hold it."""
-    ids: Tensor = kwargs["input_ids"]
-    if args:
-        return "positional arguments"
+    ids: Tensor = given["input_ids"]
     if torch.is_grad_enabled():
         return "gradients are on"
     extra = []
-    for name, value in kwargs.items():
+    for name, value in given.items():
         if name in ("input_ids", "attention_mask", "position_ids", *CACHE_NAMES, *_ONE_TOKEN) or value is None:
             continue
         if name in _IGNORED and bool(value) == _IGNORED[name]:
@@ -64,15 +74,15 @@ def read_step(cache: PageCache, args: tuple[Any, ...], kwargs: dict[str, Any]) -
             continue
         return f"the argument {name}"
     seen = cache.get_seq_length()
-    mask = kwargs.get("attention_mask")
+    mask = given.get("attention_mask")
     if mask is not None and (not isinstance(mask, Tensor) or mask.shape != (ids.shape[0], seen + 1)):
         return "an attention mask of another shape than (batch, tokens)"
-    positions = kwargs.get("position_ids")
+    positions = given.get("position_ids")
     if positions is None:
         positions = torch.full((1, 1), seen, dtype=torch.long, device=ids.device)
     if positions.dim() != 2:
         return f"position_ids of {positions.dim()} dimensions"
-    name = next(name for name in CACHE_NAMES if kwargs.get(name) is not None)
+    name = next(name for name in CACHE_NAMES if given.get(name) is not None)
     plain = None if mask is None else _only_padding(mask, cache.context.groups[0].pads)
     return Step(ids, positions, name, tuple(sorted(extra)), plain)
 
