@@ -23,6 +23,46 @@ def _put(states, target, rows, basis, DIM: tl.constexpr, PAD: tl.constexpr, BE: 
         tl.store(target[:, None] + c[None, :], states, mask=rows[:, None] & (c < DIM)[None, :])
 
 
+@triton.jit
+def _queries(
+    query, cos, sin, basis, out, dim_stride, head_stride, V: tl.constexpr, G: tl.constexpr, HEADS: tl.constexpr,
+    DIM: tl.constexpr, PAD: tl.constexpr, ROWS: tl.constexpr, BE: tl.constexpr, START: tl.constexpr,
+    HALF: tl.constexpr, INTERLEAVED: tl.constexpr, BASIS: tl.constexpr,
+):  # fmt: skip
+    """The variants of `G` query heads; angles and `out` are those of the batch row, `out` from its first head on."""
+    row, c = tl.arange(0, ROWS), tl.arange(0, PAD)
+    variant, live = row // G, row < V * G
+    read = query + (row % G * head_stride)[:, None]
+    x = tl.load(read + c[None, :] * dim_stride, mask=live[:, None] & (c < DIM)[None, :], other=0.0)
+    if HALF > 0:
+        local = c - START
+        if INTERLEAVED:
+            partner, angle, first = local ^ 1, local // 2, local % 2 == 0
+        else:
+            first = local < HALF
+            partner, angle = tl.where(first, local + HALF, local - HALF), local % HALF
+        used = live[:, None] & ((local >= 0) & (local < 2 * HALF))[None, :]
+        other = tl.load(read + (START + partner)[None, :] * dim_stride, mask=used, other=0.0).to(tl.float32)
+        by = variant[:, None] * HALF + angle[None, :]
+        sine = tl.load(sin + by, mask=used, other=0.0)
+        turned = x.to(tl.float32) * tl.load(cos + by, mask=used, other=1.0)
+        turned += tl.where(first[None, :], -sine, sine) * other
+        x = tl.where(used, turned.to(x.dtype), x)
+    _put(x, out + (variant * HEADS + row % G) * DIM, live, basis, DIM, PAD, BE, BASIS)
+
+
+@triton.jit
+def _state(
+    states, pages, slot, basis, dim_stride, DIM: tl.constexpr, PAD: tl.constexpr, ONE: tl.constexpr,
+    BE: tl.constexpr, BASIS: tl.constexpr,
+):  # fmt: skip
+    """One head's key or value to its slot; a matrix product takes `ONE` rows, of which the first is meant."""
+    one, c = tl.arange(0, ONE), tl.arange(0, PAD)
+    live = one < tl.where(slot >= 0, 1, 0)
+    x = tl.load(states + one[:, None] * 0 + c[None, :] * dim_stride, mask=live[:, None] & (c < DIM)[None, :], other=0.0)
+    _put(x, pages + (slot + one) * DIM, live, basis, DIM, PAD, BE, BASIS)
+
+
 @triton.jit(do_not_specialize=["tokens"])
 def append_kernel(
     query, keys, values, slots, raw_keys, raw_values, cos, sin, key_basis, value_basis, out, tokens,
@@ -33,44 +73,23 @@ def append_kernel(
 ):  # fmt: skip
     """Grid `(batch * kv_heads, 3)`: the queries of a KV head, its key, its value. `tokens` are the slots of a head."""
     at, part = tl.program_id(0), tl.program_id(1)
-    batch, head = at // H, at % H
-    c = tl.arange(0, DKP)
+    batch, head = (at // H).to(tl.int64), (at % H).to(tl.int64)
     if part == 0:
-        row = tl.arange(0, ROWS)
-        variant, live = row // G, row < V * G
-        read = query + (batch.to(tl.int64) * q_batch + (head * G + row % G) * q_head)[:, None]
-        x = tl.load(read + c[None, :] * q_dim, mask=live[:, None] & (c < DK)[None, :], other=0.0)
-        if HALF > 0:
-            local = c - START
-            if INTERLEAVED:
-                partner, angle, first = local ^ 1, local // 2, local % 2 == 0
-            else:
-                first = local < HALF
-                partner, angle = tl.where(first, local + HALF, local - HALF), local % HALF
-            turns = (local >= 0) & (local < 2 * HALF)
-            used = live[:, None] & turns[None, :]
-            other = tl.load(read + (START + partner)[None, :] * q_dim, mask=used, other=0.0).to(tl.float32)
-            by = (batch * V + variant)[:, None] * HALF + angle[None, :]
-            sine = tl.load(sin + by, mask=used, other=0.0)
-            turned = x.to(tl.float32) * tl.load(cos + by, mask=used, other=1.0)
-            turned += tl.where(first[None, :], -sine, sine) * other
-            x = tl.where(used, turned.to(x.dtype), x)
-        place = ((batch * V + variant) * H + head) * G + row % G
-        _put(x, out + place.to(tl.int64) * DK, live, key_basis, DK, DKP, BE, KEY_BASIS)
+        _queries(
+            query + batch * q_batch + head * G * q_head, cos + batch * (V * HALF), sin + batch * (V * HALF), key_basis,
+            out + (batch * V * H + head) * (G * DK), q_dim, q_head, V, G, H * G, DK, DKP, ROWS, BE, START, HALF,
+            INTERLEAVED, KEY_BASIS,
+        )  # fmt: skip
+    elif part == 1:
+        _state(
+            keys + batch * k_batch + head * k_head, raw_keys + head * tokens * DK, tl.load(slots + batch).to(tl.int64),
+            key_basis, k_dim, DK, DKP, ONE, BE, KEY_BASIS,
+        )  # fmt: skip
     else:
-        slot = tl.load(slots + batch).to(tl.int64)
-        one = tl.arange(0, ONE)
-        writes = one < tl.where(slot >= 0, 1, 0)
-        line = head.to(tl.int64) * tokens + slot + one
-        if part == 1:
-            k_read = keys + batch.to(tl.int64) * k_batch + head * k_head + one[:, None] * 0 + c[None, :] * k_dim
-            k_new = tl.load(k_read, mask=writes[:, None] & (c < DK)[None, :], other=0.0)
-            _put(k_new, raw_keys + line * DK, writes, key_basis, DK, DKP, BE, KEY_BASIS)
-        else:
-            d = tl.arange(0, DVP)
-            v_read = values + batch.to(tl.int64) * v_batch + head * v_head + one[:, None] * 0 + d[None, :] * v_dim
-            v_new = tl.load(v_read, mask=writes[:, None] & (d < DV)[None, :], other=0.0)
-            _put(v_new, raw_values + line * DV, writes, value_basis, DV, DVP, BE, VALUE_BASIS)
+        _state(
+            values + batch * v_batch + head * v_head, raw_values + head * tokens * DV,
+            tl.load(slots + batch).to(tl.int64), value_basis, v_dim, DV, DVP, ONE, BE, VALUE_BASIS,
+        )  # fmt: skip
 
 
 def append(

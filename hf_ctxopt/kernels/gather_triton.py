@@ -20,9 +20,9 @@ def _copy(
     rows = (t >= 0)[:, None]
     if page >= 0:
         c = tl.arange(0, DIM_PAD)
-        used = rows & (c < DIM)[None, :]
-        states = tl.load(raw + (head * raw_pages + page) * (P * DIM) + t[:, None] * DIM + c[None, :], mask=used)
-        tl.store(out + t[:, None] * token_stride + c[None, :], states.to(out.dtype.element_ty), mask=used)
+        real = rows & (c < DIM)[None, :]
+        copied = tl.load(raw + (head * raw_pages + page) * (P * DIM) + t[:, None] * DIM + c[None, :], mask=real)
+        tl.store(out + t[:, None] * token_stride + c[None, :], copied.to(out.dtype.element_ty), mask=real)
     elif BITS > 0:
         e = tl.arange(0, PAD)
         used = rows & (e < WIDTH)[None, :]
@@ -33,9 +33,9 @@ def _copy(
         for i in tl.static_range(8 // BITS):
             numbers = ((packed >> (BITS * i)) & ((1 << BITS) - 1)).to(tl.float32)
             if OVER_TOKENS:
-                at = scales + place * (2 * DIM) + i * WIDTH + e
-                scale = tl.load(at, mask=e < WIDTH, other=0.0).to(tl.float32)[None, :]
-                zero = tl.load(at + DIM, mask=e < WIDTH, other=0.0).to(tl.float32)[None, :]
+                plane = scales + place * (2 * DIM) + i * WIDTH + e
+                scale = tl.load(plane, mask=e < WIDTH, other=0.0).to(tl.float32)[None, :]
+                zero = tl.load(plane + DIM, mask=e < WIDTH, other=0.0).to(tl.float32)[None, :]
             else:
                 scale = tl.load(scales + place * (2 * P) + t).to(tl.float32)[:, None]
                 zero = tl.load(scales + place * (2 * P) + P + t).to(tl.float32)[:, None]

@@ -85,6 +85,7 @@ def sealed_part(
     width, H: tl.constexpr, V: tl.constexpr, G: tl.constexpr, P: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
     COLS: tl.constexpr, KB: tl.constexpr, VB: tl.constexpr, UK: tl.constexpr, UV: tl.constexpr, UKP: tl.constexpr,
     UVP: tl.constexpr, CAP: tl.constexpr, SHARES: tl.constexpr, FAST: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     """Attention over the row's sealed pages `[first, last)`, counted from its first sealed page.
 
@@ -166,6 +167,8 @@ def sealed_part(
         if SHARES:
             one = tl.arange(0, 1)
             store_pages(page_lse, tl.trans(w), peak, entry + one, one == 0, col, width, VG, COLS, 1, P)
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()  # as in `raw_part`
     all_total, all_shift = tl.sum(total, 0), tl.sum(shift, 0)
     share = 1.0 / tl.maximum(all_total, 1e-38)
     for i in tl.static_range(2 * VP):

@@ -17,17 +17,32 @@ RAW_WEIGHT = tl.constexpr(2)
 
 
 @triton.jit
+def raw_entry(index, sealed_from, sealed_to):
+    """Entry of the row's raw page `index`, counted over raw pages only."""
+    return tl.where(index < sealed_from, index, index + (sealed_to - sealed_from))
+
+
+@triton.jit
 def raw_part(
-    query, keys, values, row_table, state, partial, lse, page_lse, first, last, scaling, cap, width,
+    query, keys, values, row_table, state, partial, lse, page_lse, reader, readers, scaling, cap, width,
     H: tl.constexpr, V: tl.constexpr, G: tl.constexpr, P: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
-    DKP: tl.constexpr, DVP: tl.constexpr, ROWS: tl.constexpr, BN: tl.constexpr, CAP: tl.constexpr,
-    SHARES: tl.constexpr, FAST: tl.constexpr, PRECISION: tl.constexpr,
+    DKP: tl.constexpr, DVP: tl.constexpr, ROWS: tl.constexpr, BN: tl.constexpr, MIXED: tl.constexpr,
+    CAP: tl.constexpr, SHARES: tl.constexpr, FAST: tl.constexpr, PRECISION: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """Attention over the row's raw pages `[first, last)`, counted over raw pages only."""
+    """Attention over every `readers`-th tile of the row's raw pages, counted over raw pages only.
+
+    Without sealed pages (`MIXED`) the first page numbers do not wait for the row state: of a short row, the time is
+    that of loads which wait for each other.
+    """
+    N: tl.constexpr = BN // P
+    row, t = tl.arange(0, ROWS), tl.arange(0, BN)
+    index = reader * N + t // P
+    if not MIXED:
+        ahead = tl.load(row_table + tl.minimum(index, width - 1))
     entries, sealed_from, sealed_to = tl.load(state), tl.load(state + 1), tl.load(state + 2)
     sink_entries, jump = tl.load(state + 3), tl.load(state + 4)
+    raw = entries - (sealed_to - sealed_from)
     VG: tl.constexpr = V * G
-    row, t = tl.arange(0, ROWS), tl.arange(0, BN)
     c, d = tl.arange(0, DKP), tl.arange(0, DVP)
     place = (row // G) * (H * G) + row % G  # of a query row in (V, H * G)
     q = tl.load(query + place[:, None] * DK + c[None, :], mask=(row < VG)[:, None] & (c < DK)[None, :], other=0.0)
@@ -37,12 +52,18 @@ def raw_part(
     peak = tl.full((ROWS,), -1e30, tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
     acc = tl.zeros((ROWS, DVP), tl.float32)
-    for base in range(first, last, BN // P):
+    if MIXED:
+        ahead = tl.load(row_table + tl.minimum(raw_entry(index, sealed_from, sealed_to), width - 1))
+    for base in range(reader * N, raw, readers * N):
         index = base + t // P
-        live = index < last
-        entry = tl.minimum(tl.where(index < sealed_from, index, index + sealed_to - sealed_from), entries - 1)
+        live = index < raw
+        entry = raw_entry(index, sealed_from, sealed_to)
         token = (entry + tl.where(entry >= sink_entries, jump, 0)) * P + t % P
-        slot = tl.load(row_table + entry).to(tl.int64) * P + t % P
+        # Columns past the row's entries may hold anything: page 0 is read in their place, and counts for nothing.
+        slot = tl.where(live, ahead, 0).to(tl.int64) * P + t % P
+        ahead = tl.load(
+            row_table + tl.minimum(raw_entry(index + readers * N, sealed_from, sealed_to), width - 1)
+        )
         # Slots that no variant sees may hold anything: their scores are replaced, their values are not read.
         seen = token < 0
         for variant in tl.static_range(V):
@@ -63,9 +84,11 @@ def raw_part(
         acc = tl.dot(w.to(v.dtype), v, acc * decay[:, None], input_precision=PRECISION)
         peak = higher
         if SHARES:
-            n = tl.arange(0, BN // P) + base
-            at = tl.where(n < sealed_from, n, n + sealed_to - sealed_from)
-            store_pages(page_lse, w, peak, at, n < last, row, width, VG, ROWS, BN // P, P)
+            n = tl.arange(0, N) + base
+            at = raw_entry(n, sealed_from, sealed_to)
+            store_pages(page_lse, w, peak, at, n < raw, row, width, VG, ROWS, N, P)
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()  # the merge may be started: it waits by itself
     out = acc / tl.maximum(total, 1e-38)[:, None]
     tl.store(partial + row[:, None] * DV + d[None, :], out, mask=(row < VG)[:, None] & (d < DV)[None, :])
     tl.store(lse + row, tl.where(total > 0, tl.log2(tl.maximum(total, 1e-38)) + peak, float("-inf")), mask=row < VG)
@@ -81,8 +104,6 @@ def split_kernel(
     PRECISION: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Grid `(batch * H, splits)`; writes `partial (batch, H, splits, V, G, DV)` and `lse`, the same without `DV`."""
-    if EARLY:
-        tl.extra.cuda.gdc_launch_dependents()  # the merge may be started: it waits by itself
     pair, split, splits = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     batch, head = pair // H, (pair % H).to(tl.int64)
     state = rows + batch * state_width
@@ -98,13 +119,10 @@ def split_kernel(
         readers = tl.cdiv(cost * splits, tl.maximum(cost + sealed, 1))
         readers = tl.minimum(tl.maximum(readers, tl.where(raw > 0, 1, 0)), tl.where(sealed > 0, splits - 1, splits))
     if split < readers:
-        tiles = tl.cdiv(raw, BN // P)
-        first = (tiles * split // readers) * (BN // P)
-        last = tl.minimum((tiles * (split + 1) // readers) * (BN // P), raw)
         raw_part(
             query, raw_keys + head * raw_pages * (P * DK), raw_values + head * raw_pages * (P * DV), row_table, state,
-            partial + at * DV, lse + at, page_lse, first, last, scaling, cap, width, H, V, G, P, DK, DV, DKP, DVP,
-            ROWS, BN, CAP, SHARES, FAST, PRECISION,
+            partial + at * DV, lse + at, page_lse, split, readers, scaling, cap, width, H, V, G, P, DK, DV, DKP, DVP,
+            ROWS, BN, KB > 0, CAP, SHARES, FAST, PRECISION, EARLY,
         )  # fmt: skip
     elif KB > 0:
         share = split - readers
@@ -113,5 +131,5 @@ def split_kernel(
             query, k_codes + head * sealed_pages * (P * UK), k_scales + head * sealed_pages * DK,
             v_codes + head * sealed_pages * (P * UV), v_scales + head * sealed_pages * (2 * P), row_table, state,
             partial + at * DV, lse + at, page_lse, sealed * share // others, sealed * (share + 1) // others, scaling,
-            cap, width, H, V, G, P, DK, DV, COLS, KB, VB, UK, UV, UKP, UVP, CAP, SHARES, FAST,
+            cap, width, H, V, G, P, DK, DV, COLS, KB, VB, UK, UV, UKP, UVP, CAP, SHARES, FAST, EARLY,
         )  # fmt: skip

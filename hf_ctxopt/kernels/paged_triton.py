@@ -21,6 +21,7 @@ from hf_ctxopt.kernels.paged_split_triton import split_kernel
 
 INTERPRETED = not isinstance(split_kernel, JITFunction)
 PAGE_SIZES = (16, 32, 64, 128)
+_OVERHEAD = 1.3  # shared memory of a program over that of its tile of keys and values
 
 
 @dataclass(frozen=True)
@@ -58,18 +59,43 @@ def starts_early(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) >= (9, 0)
 
 
+@cache
+def shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory of one multiprocessor; 100 KiB, as on consumer cards, where it cannot be asked."""
+    if device.type != "cuda":
+        return 100 << 10
+    return int(getattr(torch.cuda.get_device_properties(device), "shared_memory_per_multiprocessor", 100 << 10))
+
+
 def choose(pages: PagedStates, pairs: int, entries: int) -> Launch:
     """The launch for `pairs` of rows and KV heads and a table of `entries` columns.
 
-    Measured on one H200 (`benchmarks/gpu/attention.py`).
+    The splits follow from the width of the table, the work of each from the row state on the device: a table with
+    room to grow only costs programs that end at once. The rules and their numbers come from a sweep on one H200
+    (`benchmarks/gpu/attention.py` times what they choose); multiprocessors and shared memory scale them down.
     """
-    cores = multiprocessors(pages.raw_keys.device)
-    size = pages.page_size
-    per_core, tokens, warps, stages = (4, 64, 4, 3) if pages.sealed is None else (8, 32, 1, 3)
-    tokens = max(tokens, size)
-    fewest = 1 if pages.sealed is None else 2
-    most = -(-entries * size // tokens)
-    return Launch(max(fewest, min(per_core * cores // pairs, most, 512)), tokens, warps, stages)
+    device, size = pages.raw_keys.device, pages.page_size
+    token = (pages.raw_keys.shape[-1] + pages.raw_values.shape[-1]) * pages.raw_keys.element_size()
+    cores, room = multiprocessors(device), shared_memory(device)
+    if pages.sealed is None:
+        # Two programs on each multiprocessor keep the memory busy; more only add partial results to merge.
+        tokens = 128
+        while tokens > max(32, size) and 2 * tokens * token * _OVERHEAD > room:
+            tokens //= 2
+        tokens = max(tokens, size)
+        tiles = -(-entries * size // tokens)
+        splits = max(1, min(2 * cores // pairs, tiles))
+        # With a tile or two for each program there is no loop to hide latency behind: more warps do.
+        return Launch(splits, tokens, 8 if tokens >= 128 and tiles <= 2 * splits else 4, 2)
+    # Unpacking is bound by registers: as many small programs as they allow (128 for each thread up to 4 bits), in
+    # one wave. A program reads either raw or sealed pages: of few splits, one for the raw pages would be a waste.
+    tokens, wide = max(32, size), max(pages.k_bits, pages.v_bits) > 4
+    fit = max(1, min(6 if wide else 8, int(room / (tokens * token * _OVERHEAD))))
+    wave = max(1, fit * cores // pairs)
+    splits = max(wave, min(wave * -(-24 // wave), entries // 4))
+    splits = max(2, min(splits, -(-entries // 2), 512))
+    short = entries <= 2 * splits and 2 * pairs * splits <= fit * cores
+    return Launch(splits, tokens, 4 if short else 2, 3 if wide else 2, 168 if wide and not short else None)
 
 
 def workspace_bytes(

@@ -75,8 +75,8 @@ class Problem:
             v_codes, v_scales = encode(clean_values, self.bits[1], 3)
             self.pages = PagedStates(keys, values, SealedPages(k_codes, k_scales, v_codes, v_scales))
 
-    def errors(self, launch: Launch | None = None) -> tuple[float, float]:
-        """Relative errors of the output and of the shares."""
+    def errors(self, launch: Launch | None = None, again: bool = False) -> tuple[float, float]:
+        """Relative errors of the output and of the shares; `again` without shares must give the same output."""
         scaling = self.key_dim**-0.5
         want, want_shares = decode_reference(
             self.query, self.pages, self.table, self.rows, scaling, self.softcap, self.logits
@@ -87,7 +87,7 @@ class Problem:
         workspace = torch.full((size // 4,), torch.nan).view(torch.uint8)
         arguments = (self.query, self.pages, self.table, self.rows, scaling, self.softcap, self.logits)
         got = decode(*arguments, out=out, shares=shares, workspace=workspace, launch=launch)
-        assert torch.equal(got, decode(*arguments, launch=launch))
+        assert not again or torch.equal(got, decode(*arguments, launch=launch))
         return relative(got, want), relative(shares, want_shares)
 
 
@@ -119,19 +119,36 @@ def test_unpack_is_the_inverse_of_packing() -> None:
 @pytest.mark.parametrize("heads", [(2, 2), (8, 2), (7, 1), (8, 1)])
 def test_raw_pages(dims: tuple[int, int], heads: tuple[int, int]) -> None:
     case = Problem(*heads, *dims, seed=dims[0] + heads[0])
-    assert max(case.errors()) < 1e-5
+    assert max(case.errors(again=True)) < 1e-5
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("bits", [(8, 8), (4, 4), (2, 2), (8, 4), (2, 8)])
-@pytest.mark.parametrize("dims", [(64, 64), (80, 96), (96, 80)])
-def test_sealed_pages(bits: tuple[int, int], dims: tuple[int, int], dtype: torch.dtype) -> None:
-    case = Problem(4, 2, *dims, bits=bits, dtype=dtype, seed=sum(bits) + dims[0])
+@pytest.mark.parametrize(
+    ("dims", "heads", "dtype"),
+    [
+        ((64, 64), (4, 2), torch.float32),
+        ((80, 96), (2, 2), torch.float16),
+        ((96, 80), (8, 1), torch.float32),
+    ],
+)
+def test_sealed_pages(
+    bits: tuple[int, int], dims: tuple[int, int], heads: tuple[int, int], dtype: torch.dtype
+) -> None:
+    case = Problem(*heads, *dims, bits=bits, lengths=(70, 5), dtype=dtype, seed=sum(bits) + dims[0])
     assert max(case.errors()) < 2e-3
 
 
-@pytest.mark.parametrize("size", [16, 32, 64])
-@pytest.mark.parametrize("bits", [None, (8, 8), (4, 4)])
+@pytest.mark.parametrize(
+    ("dims", "bits"), [((128, 128), None), ((192, 128), (8, 4)), ((256, 256), None), ((256, 256), (4, 2))]
+)
+def test_wide_heads(dims: tuple[int, int], bits: tuple[int, int] | None) -> None:
+    case = Problem(4, 2, *dims, bits=bits, lengths=(37, 18), seed=dims[0])
+    assert max(case.errors()) < (1e-5 if bits is None else 2e-3)
+
+
+@pytest.mark.parametrize(
+    ("size", "bits"), [(16, None), (32, None), (64, None), (16, (4, 4)), (32, (8, 8)), (64, (4, 4))]
+)
 @pytest.mark.parametrize(
     "options",
     [{"sinks": 4, "jump": 5}, {"softcap": 3.0}, {"sink_logits": True}, {"pad": 9, "lengths": (70, 9, 40)}],
@@ -142,12 +159,13 @@ def test_variants(size: int, bits: tuple[int, int] | None, options: dict[str, ob
     assert max(case.errors()) < (1e-5 if bits is None else 2e-3)
 
 
-@pytest.mark.parametrize("splits", [1, 2, 3, 40])
+@pytest.mark.parametrize("splits", [1, 2, 3, 12])
 @pytest.mark.parametrize("tokens", [16, 64])
 def test_launches_agree(splits: int, tokens: int) -> None:
-    assert max(Problem(lengths=(129, 1, 64), seed=splits).errors(Launch(splits, tokens, 4, 2))) < 1e-5
+    raw = Problem(lengths=(129, 1, 64), seed=splits)
+    assert max(raw.errors(Launch(splits, tokens, 4, 2), again=True)) < 1e-5
     sealed = Problem(bits=(8, 4), lengths=(129, 1, 64), seed=splits)
-    assert max(sealed.errors(Launch(max(2, splits), tokens, 1, 2))) < 2e-3
+    assert max(sealed.errors(Launch(max(2, splits), tokens, 1, 2), again=tokens == 16)) < 2e-3
 
 
 def test_empty_rows_give_zeros() -> None:
