@@ -34,6 +34,7 @@ def bench(
     sinks: options.Sinks = None,
     budget: options.Budget = None,
     page_size: options.PageSize = None,
+    kv_bits: options.KvBits = None,
     fused: options.Fused = True,
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
@@ -46,7 +47,8 @@ def bench(
     seed: options.Seed = 0,
 ) -> None:
     """Compare caches on one model: bytes held, time to the first token, time per token."""
-    given = {"window": window, "sinks": sinks, "budget": budget, "page_size": page_size}
+    options.prefer_growing_segments()
+    given = {"window": window, "sinks": sinks, "budget": budget, "page_size": page_size, "kv_bits": kv_bits}
     choices = [bench_choice(name, given, fused) for name in cache]
     check_output("json", json_path)
     check_output("plot", plot_path, ".png")

@@ -27,6 +27,7 @@ def chat(
     sinks: options.Sinks = None,
     budget: options.Budget = None,
     page_size: options.PageSize = None,
+    kv_bits: options.KvBits = None,
     fused: options.Fused = True,
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
@@ -38,7 +39,9 @@ def chat(
     system: System = None,
 ) -> None:
     """Talk with a model. /reset forgets the conversation, /exit or end of input leaves, Ctrl-C ends a reply."""
-    choice = options.cache_choice(cache, window=window, sinks=sinks, budget=budget, page_size=page_size, fused=fused)
+    options.prefer_growing_segments()
+    given = {"window": window, "sinks": sinks, "budget": budget, "page_size": page_size, "kv_bits": kv_bits}
+    choice = options.cache_choice(cache, fused=fused, **given)
     settings = {"max_new_tokens": max_new_tokens, **options.sampling(temperature, top_p, top_k)}
     from transformers import set_seed
 

@@ -5,6 +5,9 @@ Does not know which values are right: each cache's own options type checks them 
 
 from __future__ import annotations
 
+import os
+import re
+import sys
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,6 +18,9 @@ from hf_ctxopt.errors import ConfigError
 if TYPE_CHECKING:
     from hf_ctxopt.caches.options import PageOptions
 
+ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+"""Where torch's CUDA allocator is set up; the second name is the older one, which every torch understands."""
+GROWING = "expandable_segments:True"
 DYNAMIC = "dynamic"
 """Name of transformers' own growing cache, offered for comparison."""
 
@@ -25,6 +31,7 @@ Window = Annotated[int | None, typer.Option(help="ctx_sink: how many of the last
 Sinks = Annotated[int | None, typer.Option(help="ctx_sink: how many of the first tokens are kept.")]
 Budget = Annotated[str | None, typer.Option(help="Most that the cache may hold: tokens ('4096') or bytes ('2GiB').")]
 PageSize = Annotated[int | None, typer.Option(help="Tokens in a page; a power of two.")]
+KvBits = Annotated[str | None, typer.Option(help="Bits of a stored key and value: 16, 8, 4, 2, or both as 'k8v4'.")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps ...")]
 Fused = Annotated[bool, typer.Option("--fused/--dense", help="Attention that reads pages, or transformers' own.")]
@@ -57,6 +64,7 @@ def cache_choice(
     sinks: int | None = None,
     budget: str | None = None,
     page_size: int | None = None,
+    kv_bits: str | None = None,
     fused: bool = True,
 ) -> CacheChoice:
     """Collects the options that were given, and has the cache check them before any model is loaded.
@@ -68,6 +76,7 @@ def cache_choice(
     if name not in known:
         raise ConfigError("cache", name, "one of " + ", ".join(known))
     given = {"window": window, "sinks": sinks, "budget": _budget(budget), "page_size": page_size}
+    given["kv_bits"] = None if kv_bits is None else parse_bits(kv_bits)
     options = {key: value for key, value in given.items() if value is not None}
     for key, value in options.items():
         if key not in option_names(name):
@@ -98,6 +107,30 @@ def _options_type(name: str) -> type[PageOptions]:
 def _budget(text: str | None) -> int | str | None:
     """Returns a bare number as tokens, anything else as it is (bytes with a unit)."""
     return int(text) if text is not None and text.isdecimal() else text
+
+
+def parse_bits(text: str) -> int | dict[str, int]:
+    """Returns the bits of keys and values that a text such as `"8"` or `"k8v4"` stands for.
+
+    Raises:
+        ConfigError: if it is neither a number nor of that form; which numbers there are, the cache checks.
+    """
+    both = re.fullmatch(r"k(\d+)v(\d+)", text.strip().lower())
+    if both:
+        return {"k": int(both[1]), "v": int(both[2])}
+    if not text.strip().isdecimal():
+        raise ConfigError("kv_bits", text, "16, 8, 4 or 2, or keys and values apart as in 'k8v4'")
+    return int(text)
+
+
+def prefer_growing_segments() -> None:
+    """Asks torch's CUDA allocator for expandable segments, unless the user has set it up otherwise.
+
+    With them a cache that grows leaves no gaps behind. Commands call this before they import torch, whose
+    allocator reads the setting once. On Windows torch has no such segments.
+    """
+    if sys.platform == "linux" and not any(os.environ.get(name) for name in ALLOCATOR_VARIABLES):
+        os.environ[ALLOCATOR_VARIABLES[-1]] = GROWING
 
 
 def sampling(temperature: float, top_p: float | None, top_k: int | None) -> dict[str, Any]:

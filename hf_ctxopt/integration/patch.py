@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -14,6 +14,7 @@ from ..caches.context import ATTENTION
 from ..errors import ConfigError, UnsupportedModelError
 from .build import parse_options, unwrap
 from .decode_graph import DecodeGraph
+from .offload import check_parts, from_host, parse_parts, to_host
 from .record import ATTRIBUTE, PatchRecord, record_of
 from .register import register
 
@@ -22,8 +23,9 @@ _Model = TypeVar("_Model", bound=nn.Module)
 
 
 def patch_model(
-    model: _Model, cache: str = "ctx_paged", *, graph: bool = True, compile: bool = False, **options: Any
-) -> _Model:
+    model: _Model, cache: str = "ctx_paged", *, graph: bool = True, compile: bool = False,
+    on_host: Sequence[str] = (), **options: Any
+) -> _Model:  # fmt: skip
     """Make `generate` use one of our caches by default, and attention read its pages.
 
     A second patch replaces the first. Nothing is changed if an argument is bad.
@@ -33,6 +35,8 @@ def patch_model(
         cache: name of the default cache.
         graph: on a GPU, replay decode steps as CUDA graphs (see `decode_graph.py`).
         compile: put the graph's body through `torch.compile`: a minute at the first step, faster ones afterwards.
+        on_host: of `"embedding"` and `"head"`, the matrices to keep in the host's memory (see `offload.py`). Moving
+            the model afterwards moves them too.
         **options: the cache's options.
 
     Returns:
@@ -40,20 +44,21 @@ def patch_model(
 
     Raises:
         ConfigError: an unknown cache or option, or a value out of range.
-        UnsupportedModelError: not a transformers model that generates.
+        UnsupportedModelError: not a transformers model that generates, or it has no such matrix.
     """
     for name, flag in (("graph", graph), ("compile", compile)):
         if not isinstance(flag, bool):
             raise ConfigError(name, flag, "True or False")
     if compile and not graph:
         raise ConfigError("compile", compile, "False without graph=True: only the body of a decode graph is compiled")
-    parsed = parse_options(cache, options)
+    parsed, parts = parse_options(cache, options), parse_parts(on_host)
     inner = unwrap(model)
     if not isinstance(inner, PreTrainedModel) or not inner.can_generate():
         raise UnsupportedModelError(f"{type(inner).__name__} is not a transformers model with generate()")
+    check_parts(inner, parts)
     unpatch_model(model)
     register()
-    record = PatchRecord(cache, parsed, fused=_can_fuse(inner), graph=graph, compiled=compile)
+    record = PatchRecord(cache, parsed, fused=_can_fuse(inner), graph=graph, compiled=compile, on_host=parts)
     if record.fused:
         record.attention = [(config, config._attn_implementation_internal) for config in _configs(inner)]
     _apply(inner, record)
@@ -73,6 +78,7 @@ def unpatch_model(model: _Model) -> _Model:
             config._attn_implementation_internal = implementation
         if isinstance(vars(inner).get("forward"), DecodeGraph):
             del inner.forward
+        from_host(inner, record.moved)
         delattr(inner, ATTRIBUTE)
     return model
 
@@ -96,6 +102,7 @@ def _apply(model: Any, record: PatchRecord) -> None:
     # A `forward` that somebody else has put there (accelerate's hooks) stays, and its steps run eagerly.
     if record.fused and record.graph and "forward" not in vars(model):
         model.forward = DecodeGraph(model, record.compiled)
+    record.moved = to_host(model, record.on_host)
     setattr(model, ATTRIBUTE, record)
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..caches.options import PageOptions
+from .offload import HostPart
 
 ATTRIBUTE = "_ctxopt_patch"
 
@@ -20,6 +21,8 @@ class PatchRecord:
         fused: whether attention was switched to the fused route.
         graph: whether decode steps are replayed as CUDA graphs.
         compiled: whether the replayed body goes through `torch.compile`.
+        on_host: what is asked to be in the host's memory (see `offload.py`).
+        moved: what was moved there.
         attention: each config whose attention implementation was switched, and what it was.
     """
 
@@ -28,6 +31,8 @@ class PatchRecord:
     fused: bool
     graph: bool = True
     compiled: bool = False
+    on_host: tuple[str, ...] = ()
+    moved: list[HostPart] = field(default_factory=list)
     attention: list[tuple[Any, str | None]] = field(default_factory=list)
 
 

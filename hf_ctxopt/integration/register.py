@@ -89,8 +89,13 @@ def _add_attention(module: ModuleType) -> None:
     from .compat import check_registry
 
     check_registry(module.AttentionInterface, "AttentionInterface")
-    # Compiled layers (`compiled.py`) break at our attention: it reads state that the host has planned.
-    module.AttentionInterface.register(_ATTENTION, sys.modules["torch"].compiler.disable(_attention))
+    module.AttentionInterface.register(_ATTENTION, _uncompiled_attention())
+
+
+@functools.cache
+def _uncompiled_attention() -> Any:
+    """One object for the process. Compiled layers (`compiled.py`) break at it: it reads what the host has planned."""
+    return sys.modules["torch"].compiler.disable(_attention)
 
 
 def _remove_attention(module: ModuleType) -> None:

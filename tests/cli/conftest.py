@@ -36,6 +36,7 @@ def ctxopt(monkeypatch: pytest.MonkeyPatch) -> Ctxopt:
     """Calls the command line in this process; an error that it does not handle is raised here."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "")  # commands set it: it must not stay
 
     def call(*arguments: str | Path, stdin: str = "") -> Result:
         result = CliRunner().invoke(app, [str(argument) for argument in arguments], input=stdin)

@@ -316,6 +316,11 @@ class Live(TorchDispatchMode):
         self.peak, self._alive = 0, {}
         self._old = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
 
+    def alive(self) -> int:
+        """Bytes alive now."""
+        self._alive = {ref: size for ref, size in self._alive.items() if not ref.expired()}
+        return sum(self._alive.values())
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         for tensor in torch.utils._pytree.tree_leaves(out):
@@ -323,8 +328,7 @@ class Live(TorchDispatchMode):
                 storage = tensor.untyped_storage()
                 if storage.data_ptr() not in self._old:
                     self._alive[StorageWeakRef(storage)] = storage.nbytes()
-        self._alive = {ref: size for ref, size in self._alive.items() if not ref.expired()}
-        self.peak = max(self.peak, sum(self._alive.values()))
+        self.peak = max(self.peak, self.alive())
         return out
 
 
