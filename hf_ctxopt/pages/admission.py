@@ -102,12 +102,8 @@ def _stays(group: LayerGroup, row: Row, end: int, lower: int) -> bool:
     if end == row.length:
         return lower == row.lower
     tail = row.page_of(row.length // size) if row.length % size else None
-    return (
-        tail is not None
-        and group.pool.references(tail) == 1
-        and lower // size == row.lower // size
-        and lower < end - 1
-    )
+    own = tail is not None and group.pool.references(tail) == 1
+    return own and lower < row.length and lower // size == row.lower // size and not group.unsealed(row)
 
 
 def _new_rows(pads: Sequence[int] | None, batch: int) -> list[Row]:
