@@ -102,12 +102,8 @@ def _stays(group: LayerGroup, row: Row, end: int, lower: int) -> bool:
     if end == row.length:
         return lower == row.lower
     tail = row.page_of(row.length // size) if row.length % size else None
-    return (
-        tail is not None
-        and group.pool.references(tail) == 1
-        and lower // size == row.lower // size
-        and lower < end - 1
-    )
+    own = tail is not None and group.pool.references(tail) == 1
+    return own and lower < row.length and lower // size == row.lower // size and not group.unsealed(row)
 
 
 def _new_rows(pads: Sequence[int] | None, batch: int) -> list[Row]:
@@ -133,13 +129,14 @@ def _rehearse(group: LayerGroup, rows: list[Row], ends: list[int], keep: list[in
     for row, end, lower in zip(rows, ends, keep, strict=True):
         gone: set[int] = set()
         if lower > row.lower:
-            wanted = group.wanted_pages(end, lower)
+            wanted = group.wanted_pages(row.length, lower)
             gone = {page for logical, page in row.pages() if not any(logical in pages for pages in wanted)}
         unsealed = {page for _, page in group.unsealed(row)} - gone
         full |= unsealed
         lost.update(gone | unsealed)
         whole = group.sealed_directly(row, end) if sealing else range(0)
-        for missing in group.missing_pages(row, end, lower):
+        emptied = lower > row.lower and lower >= row.length  # all but the sinks goes, the begun page too
+        for missing in group.missing_pages(row, end, lower, emptied):
             direct = len(range(max(missing.start, whole.start), min(missing.stop, whole.stop)))
             taken[True] += direct
             taken[False] += len(missing) - direct
@@ -178,9 +175,9 @@ def _make_room(groups: Sequence[LayerGroup], requests: dict[int, StepRequest]) -
             sizes[id(group)] = sizes[id(group)]._replace(open=least)
             smaller.append(group)
         if _over(group, groups, sizes):
-            size, pages = group.page_size, sizes[id(group)]
-            room = _room(group, groups, sizes)
-            raise CacheFullError(sum(pages) * size, room * size, "raise `budget`, or use a smaller `window`")
+            size, room = group.page_size, _room(group, groups, sizes) or 0
+            needed = sum(sizes[id(group)]) * size
+            raise CacheFullError(needed, room * size, "raise `budget`, or use a smaller `window`")
     for group in smaller:
         if group.pool.capacity > sizes[id(group)].open:
             compact_open(group, sizes[id(group)].open)
@@ -189,11 +186,6 @@ def _make_room(groups: Sequence[LayerGroup], requests: dict[int, StepRequest]) -
         sizes[id(group)] = with_slack(group, rows, sizes[id(group)], partial(_most, group, groups, sizes))
     for group in growing:
         resize(group, sizes[id(group)])
-
-
-def _over(group: LayerGroup, groups: Sequence[LayerGroup], sizes: dict[int, Pages]) -> bool:
-    most = _most(group, groups, sizes, sizes[id(group)], 0)
-    return most is not None and sizes[id(group)].open > most
 
 
 def _most(
@@ -206,10 +198,15 @@ def _most(
     return group.budget.most_pages(group.page_size, each, others + group.bytes_of(rest), sum(rest))
 
 
-def _room(group: LayerGroup, groups: Sequence[LayerGroup], sizes: dict[int, Pages]) -> int:
-    """Pages of both kinds, open ones first, that the group may have beside the others."""
+def _room(group: LayerGroup, groups: Sequence[LayerGroup], sizes: dict[int, Pages]) -> int | None:
+    """Pages of both kinds, open ones first, that the group may have beside the others; `None` if there is no limit."""
     own = sizes[id(group)]
-    room = _most(group, groups, sizes, Pages(0, 0), 0) or 0
-    if room <= own.open:
+    room = _most(group, groups, sizes, Pages(0, 0), 0)
+    if room is None or room <= own.open:
         return room
     return own.open + (_most(group, groups, sizes, Pages(own.open, 0), 1) or 0)
+
+
+def _over(group: LayerGroup, groups: Sequence[LayerGroup], sizes: dict[int, Pages]) -> bool:
+    room = _room(group, groups, sizes)
+    return room is not None and sum(sizes[id(group)]) > room

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from .capacity import trim
-from .plan import Fill, RowStep, StepPlan, StepRequest, Write
+from .plan import Fill, Pages, RowStep, StepPlan, StepRequest, Write
 from .pool import SEALED
 from .rows import Row, Stretch
 
@@ -22,7 +22,7 @@ def begin(group: LayerGroup, request: StepRequest) -> StepPlan:
     group.request, group.rows = None, request.rows
     plan = StepPlan(group.seen, request.queries, request.in_place, group.dense_length(), request.sealing)
     group.before_eviction = None if request.evicting else group.before_eviction
-    evict(group)
+    evict(group, request.pages)
     starts = [_retire(group, row, keep, plan.in_place) for row, keep in zip(group.rows, request.keep, strict=True)]
     if group.codecs is not None:
         _seal(group, plan)
@@ -38,13 +38,13 @@ def begin(group: LayerGroup, request: StepRequest) -> StepPlan:
     return plan
 
 
-def evict(group: LayerGroup) -> None:
-    """Drop what no query from the next one on can see."""
+def evict(group: LayerGroup, needed: Pages | None = None) -> None:
+    """Drop what no query from the next one on can see; `needed` as in `trim`."""
     for row in group.rows:
         row.lower = max(row.lower, group.policy.horizon(row.length))
         if row.lower:
             group.drop_below(row, row.lower, row.length)
-    trim(group)
+    trim(group, needed)
 
 
 def _retire(group: LayerGroup, row: Row, keep: int, in_place: bool) -> tuple[list[Stretch], int, int]:
@@ -105,8 +105,8 @@ def _extend(group: LayerGroup, plan: StepPlan, index: int, end: int, keep: int) 
     row.length, row.lower = end, keep
     if plan.sealing:
         # A page that began in the middle, because its head was evicted, is sealed when the next step begins.
-        first = row.page_of(start // size) if start % size else None
-        row.sealed = max(row.sealed, min(end, start) // size if first is not None and first < SEALED else end // size)
+        begun = group.begun_page(row, start)
+        row.sealed = max(row.sealed, start // size if begun is not None and begun < SEALED else end // size)
     held = row.stretches(size, group.policy.sinks)
     for piece in held:
         skip = max(0, start - piece.token)

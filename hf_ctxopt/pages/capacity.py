@@ -84,16 +84,22 @@ def _expected_pages(group: LayerGroup, rows: int) -> int | None:
     return min(known) * rows if known else None
 
 
-def trim(group: LayerGroup) -> None:
-    """Give back storage that only a recorded (speculative) step, an odd chunk or a larger batch needed."""
+def trim(group: LayerGroup, needed: Pages | None = None) -> None:
+    """Give back storage that only a recorded (speculative) step, an odd chunk or a larger batch needed.
+
+    Args:
+        group: the group.
+        needed: pages that the step which begins was promised, if one does.
+    """
     if group.recording:
         return
     rows, bound = len(group.rows), group.row_bound
     if group.codecs is not None:
-        opened = rows * open_bound(group)
+        opened = max(rows * open_bound(group), needed.open if needed is not None else 0)
         if group.pool.used <= opened < group.pool.capacity:
             compact_open(group, opened)
         sealed = group.sealed.capacity if bound is None else rows * (bound - group.codecs.open_first)
+        sealed = max(sealed, needed.sealed if needed is not None else 0)
         if group.sealed.used <= sealed < group.sealed.capacity:
             _compact_sealed(group, sealed)
     elif bound is not None and group.pool.used <= rows * bound < group.pool.capacity:

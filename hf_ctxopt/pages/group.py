@@ -219,9 +219,14 @@ class LayerGroup:
             return range(sinks), range(0)
         return range(min(sinks, lower // size)) if lower else range(0), range(lower // size, -(-end // size))
 
-    def missing_pages(self, row: Row, end: int, lower: int) -> list[range]:
-        """The wanted pages that the row does not have yet; they all come after those it has."""
+    def missing_pages(self, row: Row, end: int, lower: int, emptied: bool = False) -> list[range]:
+        """The wanted pages that the row does not have yet, or not once it is `emptied` of all but the sinks.
+
+        They all come after those it has.
+        """
         held = row.runs[-1].first + row.runs[-1].count if row.runs else 0
+        if emptied:
+            held = min(held, -(-min(self.policy.sinks, row.length) // self.page_size))
         return [range(max(held, pages.start), pages.stop) for pages in self.wanted_pages(end, lower)]
 
     def unsealed(self, row: Row) -> list[tuple[int, int]]:
@@ -231,12 +236,17 @@ class LayerGroup:
             return []
         return row.open_pages(max(row.sealed, self.codecs.open_first), full)
 
+    def begun_page(self, row: Row, length: int) -> int | None:
+        """The page that is begun but not full with `length` tokens, where it is not to stay open."""
+        logical = length // self.page_size
+        if self.codecs is None or length % self.page_size == 0 or logical < self.codecs.open_first:
+            return None
+        return row.page_of(logical)
+
     def filled_page(self, row: Row, end: int) -> int | None:
         """The row's begun page, if it is full and can be sealed once the row has `end` tokens."""
-        logical = row.length // self.page_size
-        if self.codecs is None or logical < self.codecs.open_first or (logical + 1) * self.page_size > end:
-            return None
-        return row.page_of(logical) if row.length % self.page_size else None
+        fills = end - row.length >= self.page_size - row.length % self.page_size
+        return self.begun_page(row, row.length) if fills else None
 
     def sealed_directly(self, row: Row, end: int) -> range:
         """Logical pages that a step to `end` tokens fills by itself and that can be sealed."""

@@ -7,6 +7,7 @@ import logging
 from ..errors import IntegrityError
 from .group import LayerGroup
 from .pool import SEALED
+from .rows import Row
 
 logger = logging.getLogger(__name__)
 
@@ -20,10 +21,7 @@ def violations(group: LayerGroup) -> list[str]:
         wanted = [page for pages in group.wanted_pages(row.length, row.lower) for page in pages]
         if listed != wanted:
             found.append(f"row {index} lists logical pages {listed} for tokens [{row.lower}, {row.length})")
-        first = 0 if group.codecs is None else group.codecs.open_first
-        late = [logical for logical, page in row.pages() if (page >= SEALED) != (first <= logical < row.sealed)]
-        if late and group.codecs is not None:
-            found.append(f"row {index} has pages {late} of the wrong kind: sealed are {first} to {row.sealed - 1}")
+        found += [f"row {index}: page {logical} must not be {kind}" for logical, kind in _wrong_kinds(group, row)]
         if row.length != max(0, group.seen - row.pad):
             found.append(f"row {index} has {row.length} tokens, {max(0, group.seen - row.pad)} were seen")
     sizes = {layer: (storage.capacity, storage.sealed_capacity) for layer, storage in group.storages.items()}
@@ -33,6 +31,15 @@ def violations(group: LayerGroup) -> list[str]:
     if small:
         found.append(f"storages of layers {small} are smaller than the pool")
     return found
+
+
+def _wrong_kinds(group: LayerGroup, row: Row) -> list[tuple[int, str]]:
+    """Pages that are sealed and must be open, or the other way round; full ones may wait for the next step."""
+    if group.codecs is None:
+        return [(logical, "sealed") for logical, page in row.pages() if page >= SEALED]
+    first, full = group.codecs.open_first, row.length // group.page_size
+    found = [(logical, "sealed") for logical, page in row.pages() if page >= SEALED and not first <= logical < full]
+    return found + [(logical, "open") for logical, _ in row.open_pages(first, row.sealed)]
 
 
 def check(group: LayerGroup, strict: bool) -> None:

@@ -87,6 +87,6 @@ class SealedPart:
         self.scales[:, page:stop] = scales
 
     def read(self, page: int, count: int, dtype: torch.dtype | None = None) -> Tensor:
-        """The states of neighbouring pages, `(kv_heads, pages, page_size, head_dim)`: copies."""
+        """The states of neighbouring pages, `(kv_heads, pages, page_size, head_dim)`: a view at 16 bits."""
         part = slice(page, page + count)
         return self.codec.decode(self.codes[:, part], self.scales[:, part], dtype or self.dtype)

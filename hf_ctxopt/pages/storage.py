@@ -173,9 +173,10 @@ class LayerStorage:
     def read(self, stretch: Stretch, copy: bool = False) -> tuple[Tensor, Tensor]:
         """K and V of a stretch, `(kv_heads, tokens, head_dim)` each: views (later writes show), or copies."""
         if stretch.sealed(self.page_size):
-            return self._decode(stretch)
-        part = slice(stretch.slot, stretch.slot + stretch.length)
-        keys, values = self.keys.flatten(1, 2)[:, part], self.values.flatten(1, 2)[:, part]
+            keys, values = self._decode(stretch)
+        else:
+            part = slice(stretch.slot, stretch.slot + stretch.length)
+            keys, values = self.keys.flatten(1, 2)[:, part], self.values.flatten(1, 2)[:, part]
         return (keys.clone(), values.clone()) if copy else (keys, values)
 
     def _decode(self, stretch: Stretch) -> tuple[Tensor, Tensor]:

@@ -19,12 +19,20 @@ from hf_ctxopt.caches.handle import KVHandle
 from hf_ctxopt.caches.layer import PageLayer
 from hf_ctxopt.caches.view import StepView
 from hf_ctxopt.pages.budget import Budget
+from hf_ctxopt.pages.codec import Codec
 from hf_ctxopt.pages.group import LayerGroup
+from hf_ctxopt.pages.pool import SEALED
+from hf_ctxopt.pages.sealed import Codecs
 from hf_ctxopt.policies.sink_window import SinkWindow
 
 LAYER = 1 << 16  # float32 sums of a few hundred stay exact enough to tell a token that is missing
 TOKEN_BYTES = 4 * (1 + 2)
 """Bytes of one token in one layer: one key channel and two value channels in float32."""
+
+
+def exact(open_first: int = 0) -> Codecs:
+    """Codecs that seal pages and lose nothing: every account of sealed pages can be checked by the numbers."""
+    return Codecs(Codec(16, over_tokens=True), Codec(16, over_tokens=False), open_first=open_first)
 
 
 def states(ids: Tensor, layer: int) -> tuple[Tensor, Tensor]:
@@ -88,19 +96,25 @@ class Rig:
 
     def account_errors(self) -> list[str]:
         """What is wrong with the accounts, counted here from the table alone."""
-        pool = self.group.pool
         holders = Counter(page for row in self.group.rows for _, page in row.pages())
-        wrong = []
-        if pool.free + len(holders) != pool.capacity:
-            wrong.append(f"{pool.free} free + {len(holders)} held is not {pool.capacity}")
-        for page in range(pool.capacity):
-            if pool.references(page) != holders[page]:
-                wrong.append(f"page {page}: {pool.references(page)} references, {holders[page]} holders")
-        for page in holders:
-            if not 0 <= page < pool.capacity:
-                wrong.append(f"page {page} is held and does not exist")
+        wrong, size = list[str](), self.group.page_size
+        for pool, first in ((self.group.pool, 0), (self.group.sealed, SEALED)):
+            pages = range(first, first + pool.capacity)
+            held = sum(page in pages for page in holders)
+            if pool.free + held != pool.capacity:
+                wrong.append(f"{pool.free} free + {held} held is not {pool.capacity}")
+            for page in pages:
+                if pool.references(page) != holders[page]:
+                    wrong.append(f"page {page}: {pool.references(page)} references, {holders[page]} holders")
+            holders = Counter({page: count for page, count in holders.items() if page not in pages})
+        wrong += [f"page {page} is held and does not exist" for page in holders]
         for index, row in enumerate(self.group.rows):
             pages = [page for _, page in row.pages()]
+            if self.group.codecs is not None:
+                kinds = {logical: page >= SEALED for logical, page in row.pages()}
+                first = self.group.codecs.open_first
+                if any(kinds[logical] for logical in kinds if logical < first or logical >= row.length // size):
+                    wrong.append(f"row {index}: a page is sealed that must be open: {kinds}")
             if len(set(pages)) != len(pages):
                 wrong.append(f"row {index} lists a page twice: {pages}")
         return wrong
@@ -110,4 +124,4 @@ class Rig:
         group = self.group
         table = [(row.pad, row.length, row.lower, list(row.pages())) for row in group.rows if group.seen]
         content = [[self.held(row, layer) for row in range(len(group.rows))] for layer in group.storages]
-        return group.seen, dict(group.progress), table, content, group.nbytes, group.pool.used
+        return group.seen, dict(group.progress), table, content, group.nbytes, group.used
