@@ -226,6 +226,12 @@ _ROWS = [
         variant=True,
         builds_dense="MLA: the cache holds latents, which the model itself projects to keys and values",
     ),
+    Family(
+        name="diffllama",
+        make=_causal("DiffLlama"),
+        variant=True,
+        builds_dense="differential attention splits the cached values in two before attention",
+    ),
     Family(name="bloom", make=_bloom, attn="eager", fused=False, positions="alibi", variant=True),
 ]
 SEEDS: dict[str, int] = {

@@ -161,8 +161,12 @@ class PageCache(DynamicCache, ABC):
 
         Raises:
             ConfigError: a positive number, or a token the shorter text needs was evicted.
+            InterruptedStepError: the last forward pass stopped between two layers, which only `settle()` can undo.
         """
         count = int(tokens_to_remove)  # transformers 5.17 passes a tensor
+        seen = max(group.seen for group in self.groups)
+        if any(0 < at < seen for group in self.groups for at in group.progress.values()):
+            raise InterruptedStepError("the last forward pass stopped between two layers; call cache.settle() first")
         for group in self.groups:
             group.check_crop(-count)
         super().crop(count)

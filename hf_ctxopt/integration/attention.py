@@ -40,6 +40,8 @@ def ctxopt_attention(
         `(batch, queries, heads, value_dim)` and the attention weights where they exist, else `None`.
     """
     if not isinstance(key, KVHandle) or not isinstance(value, KVHandle):
+        # A model may change one of the two before attention (DiffLlama splits V): only that one is dense by then.
+        key, value = (_tensor(part) for part in (key, value))
         return _stock(module, query, key, value, attention_mask, scaling, dropout, kwargs)
     reason = _detour(attention_mask, dropout, kwargs)
     if reason is not None:
@@ -49,6 +51,11 @@ def ctxopt_attention(
     mask = attention_mask if isinstance(attention_mask, LazyMask) else None
     out = key.view.attend(query, mask, scale, kwargs.get("softcap"), kwargs.get("s_aux"))
     return out.transpose(1, 2).contiguous(), None
+
+
+def _tensor(states: Tensor | KVHandle) -> Tensor:
+    """The states as a tensor, built from the pages where they are still a handle."""
+    return states.dense("the model changes K or V before attention") if isinstance(states, KVHandle) else states
 
 
 def _detour(mask: Tensor | LazyMask | None, dropout: float, kwargs: dict[str, Any]) -> str | None:

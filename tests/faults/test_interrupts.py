@@ -119,6 +119,30 @@ def test_a_manual_loop_is_told_to_settle(route: str) -> None:
             torch.testing.assert_close(logits, expected, atol=0, rtol=0)
 
 
+@pytest.mark.parametrize("cache_name", ["ctx_paged", "ctx_sink"])
+def test_crop_does_not_stand_in_for_settle(cache_name: str) -> None:
+    """Layers behind the interrupt lack the step's copies of shared pages; cropping to the old length hid that."""
+    import hf_ctxopt
+
+    model = build("llama")
+    ids = torch.randint(2, VOCAB, (1, 13), generator=torch.Generator().manual_seed(3))
+    last = torch.tensor([[5], [9]])
+    cache = hf_ctxopt.make_cache(model, cache_name, page_size=8)
+    with torch.no_grad():
+        model(ids, past_key_values=cache)
+        cache.batch_repeat_interleave(2)
+        layer = model.get_decoder().layers[0]
+        with stopped_in(layer, 1, KeyboardInterrupt()), pytest.raises(KeyboardInterrupt):
+            model(last, past_key_values=cache)
+        with pytest.raises(InterruptedStepError, match=r"cache\.settle\(\)"):
+            cache.crop(-1)
+        cache.settle()
+        cache.crop(-1)
+        text = torch.cat([ids[:, :12].repeat(2, 1), last], dim=1)
+        logits, expected = model(last, past_key_values=cache).logits[:, -1], model(text).logits[:, -1]
+    torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
+
+
 @pytest.mark.parametrize("call", [2, 3])
 def test_an_interrupted_chunk_longer_than_the_window_needs_a_reset(call: int) -> None:
     with LONG.routed():
