@@ -59,7 +59,9 @@ def _state(
     """One head's key or value to its slot; a matrix product takes `ONE` rows, of which the first is meant."""
     one, c = tl.arange(0, ONE), tl.arange(0, PAD)
     live = one < tl.where(slot >= 0, 1, 0)
-    x = tl.load(states + one[:, None] * 0 + c[None, :] * dim_stride, mask=live[:, None] & (c < DIM)[None, :], other=0.0)
+    x = tl.load(
+        states + one[:, None] * 0 + c[None, :] * dim_stride, mask=live[:, None] & (c < DIM)[None, :], other=0.0
+    )
     _put(x, pages + (slot + one) * DIM, live, basis, DIM, PAD, BE, BASIS)
 
 

@@ -52,18 +52,18 @@ def raw_part(
     peak = tl.full((ROWS,), -1e30, tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
     acc = tl.zeros((ROWS, DVP), tl.float32)
-    if MIXED:
-        ahead = tl.load(row_table + tl.minimum(raw_entry(index, sealed_from, sealed_to), width - 1))
     for base in range(reader * N, raw, readers * N):
         index = base + t // P
         live = index < raw
         entry = raw_entry(index, sealed_from, sealed_to)
         token = (entry + tl.where(entry >= sink_entries, jump, 0)) * P + t % P
         # Columns past the row's entries may hold anything: page 0 is read in their place, and counts for nothing.
-        slot = tl.where(live, ahead, 0).to(tl.int64) * P + t % P
-        ahead = tl.load(
-            row_table + tl.minimum(raw_entry(index + readers * N, sealed_from, sealed_to), width - 1)
-        )
+        if MIXED:
+            page = tl.load(row_table + tl.minimum(entry, width - 1))
+            slot = tl.where(live, page, 0).to(tl.int64) * P + t % P
+        else:
+            slot = tl.where(live, ahead, 0).to(tl.int64) * P + t % P
+            ahead = tl.load(row_table + tl.minimum(index + readers * N, width - 1))
         # Slots that no variant sees may hold anything: their scores are replaced, their values are not read.
         seen = token < 0
         for variant in tl.static_range(V):

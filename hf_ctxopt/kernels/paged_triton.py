@@ -95,7 +95,10 @@ def choose(pages: PagedStates, pairs: int, entries: int) -> Launch:
     splits = max(wave, min(wave * -(-24 // wave), entries // 4))
     splits = max(2, min(splits, -(-entries // 2), 512))
     short = entries <= 2 * splits and 2 * pairs * splits <= fit * cores
-    return Launch(splits, tokens, 4 if short else 2, 3 if wide else 2, 168 if wide and not short else None)
+    # A cap on registers decides how many programs fit; tiles wider than those measured would spill under it.
+    measured = size * max(pages.raw_keys.shape[-1], pages.raw_values.shape[-1]) <= 4096
+    registers = (168 if wide else 128) if measured and not short else None
+    return Launch(splits, tokens, 4 if short else 2, 3 if wide else 2, registers)
 
 
 def workspace_bytes(
@@ -168,7 +171,7 @@ def decode(
         codes = (k_codes, sealed.k_scales.view(torch.int32), v_codes, sealed.v_scales)
     units = (key_dim * pages.k_bits // 16, value_dim * pages.v_bits // 16)
     common = {"V": variants, "G": groups}
-    early = starts_early(query.device)
+    early = launch.warps < 8 and starts_early(query.device)  # measured: with 8 warps it costs more than it saves
     options = {"num_warps": launch.warps, "num_stages": launch.stages}
     if launch.registers is not None and not INTERPRETED:
         options["maxnreg"] = launch.registers

