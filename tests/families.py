@@ -232,6 +232,12 @@ _ROWS = [
         variant=True,
         builds_dense="differential attention splits the cached values in two before attention",
     ),
+    Family(
+        name="doge",
+        make=_causal("Doge"),
+        variant=True,
+        builds_dense="the mask depends on the cached values, which the model reads before attention",
+    ),
     Family(name="bloom", make=_bloom, attn="eager", fused=False, positions="alibi", variant=True),
 ]
 SEEDS: dict[str, int] = {
