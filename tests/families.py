@@ -117,8 +117,8 @@ def _opt() -> nn.Module:
     return transformers.OPTForCausalLM(transformers.OPTConfig(**config, ffn_dim=128, word_embed_proj_dim=64))
 
 
-def _falcon() -> nn.Module:
-    config = _base(num_key_value_heads=None, intermediate_size=None)
+def _falcon(**more: Any) -> nn.Module:
+    config = _base(num_key_value_heads=None, intermediate_size=None, **more)
     return transformers.FalconForCausalLM(transformers.FalconConfig(**config, new_decoder_architecture=False))
 
 
@@ -231,6 +231,19 @@ _ROWS = [
         make=_causal("DiffLlama"),
         variant=True,
         builds_dense="differential attention splits the cached values in two before attention",
+    ),
+    Family(
+        name="doge",
+        make=_causal("Doge"),
+        variant=True,
+        builds_dense="the mask depends on the cached values, which the model reads before attention",
+    ),
+    Family(
+        name="falcon_alibi",
+        make=functools.partial(_falcon, alibi=True),
+        fused=False,
+        positions="alibi",
+        variant=True,
     ),
     Family(name="bloom", make=_bloom, attn="eager", fused=False, positions="alibi", variant=True),
 ]

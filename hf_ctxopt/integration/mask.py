@@ -2,12 +2,12 @@
 
 transformers' mask functions take the mask as a function of (batch, head, query index, key index). `LazyMask`
 keeps the function and its arguments: the fused route asks only about the positions the cache holds; anything
-else gets the dense mask.
+else gets the dense mask. So does model code that reads the mask as the tensor it stands for (Doge adds to it).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -99,6 +99,36 @@ class LazyMask:
             return eager_mask(**{**self.arguments, "dtype": dtype})
         mask: Tensor | None = sdpa_mask(**self.arguments)
         return mask
+
+    # ---- what the tensor would do: the attention function is then given a dense mask and counts the detour
+
+    def _tensor(self) -> Tensor:
+        """The bool mask that sdpa would be given, `(batch, 1, queries, keys)`; built even where sdpa needs none."""
+        mask = sdpa_mask(**{**self.arguments, "allow_is_causal_skip": False, "allow_is_bidirectional_skip": False})
+        if mask is None:
+            raise RuntimeError("sdpa_mask returned no mask although skipping was not allowed")
+        return mask
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_") or name == "arguments":  # an empty copy of this object has none
+            raise AttributeError(name)
+        return getattr(self._tensor(), name)
+
+    def __getitem__(self, index: Any) -> Tensor:
+        return self._tensor()[index]
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        def plain(value: Any) -> Any:
+            return value._tensor() if isinstance(value, LazyMask) else value
+
+        return func(*map(plain, args), **{key: plain(value) for key, value in (kwargs or {}).items()})
 
     # accelerate moves every argument of a hooked module; compiled paths ask for contiguity
     def to(self, *args: Any, **kwargs: Any) -> LazyMask:

@@ -86,6 +86,8 @@ def _find_out(model: nn.Module, decoder: nn.Module) -> PositionFacts:
     name = type(model).__name__
     if getattr(text, "kv_lora_rank", None) is not None:
         return PositionFacts(refusal=f"{name} caches compressed latents (MLA), which carry no position to shift")
+    if getattr(text, "alibi", False):  # Falcon keeps its rotary module beside the bias, and does not use it
+        return PositionFacts(refusal=f"{name} adds a bias per distance (ALiBi), which counts the tokens that are held")
     table = _table(decoder)
     if table is not None:
         return PositionFacts(table=table)

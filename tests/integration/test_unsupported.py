@@ -23,7 +23,7 @@ from tests.feeding import feed, pad_left
 IDS = torch.randint(2, VOCAB, (2, 20), generator=torch.Generator().manual_seed(3))
 SINK = {"window": 8, "sinks": 2, "page_size": 4}
 TABLES = ["gpt2", "opt", "bart"]
-REFUSALS = {"t5": "no rotary positions", "bloom": "no rotary positions", "deepseek_v3": "MLA"}
+REFUSALS = {"t5": "no rotary positions", "bloom": "no rotary positions", "falcon_alibi": "ALiBi", "deepseek_v3": "MLA"}
 
 
 def _generate(model: nn.Module, cache: str | None, new: int = 12, ids: torch.Tensor = IDS, **options: Any) -> Any:
