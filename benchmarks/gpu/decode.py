@@ -5,8 +5,8 @@
 2. Llama-3.1-8B shape, random bf16 weights: caches are filled with random states, then `generate` runs. ms per token is
    the median gap between CUDA events recorded by a stopping criterion; rounds of all caches alternate.
 
-cuDNN attention is off for everybody, as on consumer cards: it plans anew for every length (reference/gpu.md).
-Run from the repository root: `PYTHONPATH=.:.carry/site python benchmarks/gpu/decode.py` (`--quick`: 2 k and 32 k only).
+cuDNN attention is off for everybody, as on consumer cards: it plans anew for every length.
+Run from the repository root: `PYTHONPATH=. python benchmarks/gpu/decode.py` (`--quick`: 2 k and 32 k only).
 """
 
 from __future__ import annotations
@@ -133,7 +133,8 @@ def hqq4(model: Any, context: int, batch: int) -> Any:
     """Transformers' QuantizedCache, hqq, 4 bits."""
     from transformers import QuantizedCache
 
-    return fill(QuantizedCache("hqq", config=model.config, nbits=4, axis_key=1, axis_value=1), model, context, batch, chunk=context)
+    cache = QuantizedCache("hqq", config=model.config, nbits=4, axis_key=1, axis_value=1)
+    return fill(cache, model, context, batch, chunk=context)
 
 
 def check(model: Any) -> list[dict[str, Any]]:

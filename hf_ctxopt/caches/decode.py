@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..kernels.append import QueryTurn
 from ..kernels.dispatch import DecodeKernels
-from ..kernels.paged import HEADER, PagedStates, SealedPages
+from ..kernels.paged import HEADER, PagedStates
 from ..kernels.rotate import RotaryFacts
 from ..pages.group import Retention
 from ..pages.plan import RowStep, StepPlan
@@ -158,9 +158,10 @@ class DecodeState:
         key_basis, value_basis = storage.bases
         turned = self._turn(facts) if facts is not None and self.variants > 1 else None
         asked = self.kernels.append(
-            query, keys, values, self.slots, storage.keys, storage.values, turned, self.variants, key_basis, value_basis
-        )
-        pages = PagedStates(storage.keys, storage.values, _sealed(storage))
+            query, keys, values, self.slots, storage.keys, storage.values, turned, self.variants, key_basis,
+            value_basis,
+        )  # fmt: skip
+        pages = storage.paged
         scratch = self._scratch(asked, pages)
         out = self.kernels.decode(
             asked, pages, self.table, self.rows, scaling, softcap, sink_logits, workspace=scratch
@@ -196,10 +197,3 @@ def _header(listed: list[tuple[int, int, int]]) -> list[int]:
     if listed and listed[0][0]:  # no sinks: the text begins later
         jump = listed[0][0]
     return [entries, *sealed, sinks, jump, 0, 0, 0]
-
-
-def _sealed(storage: LayerStorage) -> SealedPages | None:
-    if not storage.parts or not storage.sealed_capacity:
-        return None
-    keys, values = storage.parts
-    return SealedPages(keys.codes, keys.scales, values.codes, values.scales)

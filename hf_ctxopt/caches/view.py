@@ -13,8 +13,8 @@ from torch import Tensor
 from ..kernels.attention import Segment, attend
 from ..kernels.rotate import RotaryFacts, rotation, turn
 from ..kernels.sealed import SealedSegment
-from ..pages.group import Retention
 from ..pages.carry_out import write
+from ..pages.group import Retention
 from ..pages.plan import RowStep, StepPlan
 from ..pages.rows import Stretch
 from ..pages.storage import LayerStorage

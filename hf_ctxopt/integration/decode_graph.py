@@ -1,9 +1,10 @@
 """One-token steps as replays of a captured CUDA graph.
 
 A decode step of a small batch is bound by the launches of its kernels, not by the GPU. `patch_model` puts a
-`DecodeGraph` in the place of the model's `forward`. It passes everything on but the one-token steps of our caches on a
-GPU: those are planned on the host (`caches/planned.py`), their state is written to fixed device buffers, and the whole
-forward pass is replayed as one graph. Whatever a graph cannot hold runs as before, counted in `cache.stats()["graph"]`.
+`DecodeGraph` in the place of the model's `forward`. It passes everything on but the one-token steps of our caches on
+a GPU: those are planned on the host (`caches/planned.py`), their state is written to fixed device buffers, and the
+whole forward pass is replayed as one graph. What a graph cannot hold runs as before, counted in
+`cache.stats()["graph"]`.
 
 A graph is bound to one cache's storages. The first step of a batch size runs eagerly and warms the kernels up, the
 second captures; growth of the pages captures anew.

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from .sdpa import sdpa
-
 from .sealed import SealedSegment
 
 QUERY_BLOCK = 256  # bounds the float32 scores of a long prefill to (heads, 256, keys)

@@ -22,7 +22,6 @@ class DecodeKernels:
         append: stores the new states and turns the queries; see `append.append_reference`.
         decode: attention over a page table; see `paged.decode_reference`.
         workspace_bytes: scratch memory that `decode` needs for these tensors and a table of so many columns.
-        seal: encodes full pages; `None` where the codec's own torch functions do.
     """
 
     name: str
@@ -34,6 +33,17 @@ class DecodeKernels:
 def decode_kernels(device: torch.device) -> DecodeKernels | None:
     """The kernels for one-token steps on `device`; `None` where plain torch reads the pages (see `why_not`)."""
     return None if why_not(device) is not None else _triton_kernels()
+
+
+def seal_kernel(device: torch.device) -> Callable[[PagedStates, Tensor], None] | None:
+    """What encodes full pages on `device`, given `(open, sealed)` pairs; `None` where the codec's torch functions do."""
+    return None if why_not(device) is not None else _triton_seal
+
+
+def _triton_seal(pages: PagedStates, pairs: Tensor) -> None:
+    from .seal_triton import seal
+
+    seal(pages, pairs.to(pages.raw_keys.device, non_blocking=True))
 
 
 def why_not(device: torch.device) -> str | None:

@@ -85,8 +85,7 @@ def choose(pages: PagedStates, pairs: int, entries: int) -> Launch:
         tokens = max(tokens, size)
         tiles = -(-entries * size // tokens)
         splits = max(1, min(2 * cores // pairs, tiles))
-        # With a tile or two for each program there is no loop to hide latency behind: more warps do.
-        return Launch(splits, tokens, 8 if tokens >= 128 and tiles <= 2 * splits else 4, 2)
+        return Launch(splits, tokens, 8 if tokens >= 128 else 4, 2)
     # Unpacking is bound by registers: as many small programs as they allow (128 for each thread up to 4 bits), in
     # one wave. A program reads either raw or sealed pages: of few splits, one for the raw pages would be a waste.
     tokens, wide = max(32, size), max(pages.k_bits, pages.v_bits) > 4

@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..kernels.dispatch import seal_kernel
+from ..kernels.paged import PagedStates, SealedPages
 from ..kernels.sealed import SealedSegment, SealedTokens
 from .pool import SEALED
 from .rotation import rotate_channels, rotation_matrix
@@ -70,6 +72,14 @@ class LayerStorage:
         return [self.keys, self.values, *(tensor for part in self.parts for tensor in part.tensors)]
 
     @property
+    def paged(self) -> PagedStates:
+        """The pages as kernels read them."""
+        if not self.sealed_capacity:
+            return PagedStates(self.keys, self.values)
+        keys, values = self.parts
+        return PagedStates(self.keys, self.values, SealedPages(keys.codes, keys.scales, values.codes, values.scales))
+
+    @property
     def page_bytes(self) -> int:
         """Bytes of one open page's K and V."""
         return sum(t.shape[0] * t.shape[2] * t.shape[3] * t.element_size() for t in (self.keys, self.values))
@@ -115,6 +125,10 @@ class LayerStorage:
     def seal(self, pairs: list[tuple[int, int]]) -> None:
         """Encode full open pages into sealed ones, `(open, sealed)` each."""
         if not pairs:
+            return
+        kernel = seal_kernel(self.keys.device)
+        if kernel is not None and all(part.codec.bits < 16 for part in self.parts):
+            kernel(self.paged, torch.tensor([(page, target - SEALED) for page, target in pairs], dtype=torch.int32))
             return
         pages = [source for source, _ in pairs]
         for part, stored in zip(self.parts, (self.keys, self.values), strict=True):

@@ -153,7 +153,9 @@ def test_eras_in_the_window_take_more_variants() -> None:
     logits = []
     for graph in (False, True):
         with hf_ctxopt.patched(model, graph=graph, **SINK):
-            cache = hf_ctxopt.make_cache(model, **{"name": "ctx_sink", **{k: v for k, v in SINK.items() if k != "cache"}})
+            cache = hf_ctxopt.make_cache(
+                model, **{"name": "ctx_sink", **{k: v for k, v in SINK.items() if k != "cache"}}
+            )
             cache.context.ledger.span = 30
             logits.append(feed(model, text, cache, 1, prefill=4))
     assert float((logits[0] - logits[1]).abs().max()) < 1e-4
