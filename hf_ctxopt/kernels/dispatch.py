@@ -36,7 +36,7 @@ def decode_kernels(device: torch.device) -> DecodeKernels | None:
 
 
 def seal_kernel(device: torch.device) -> Callable[[PagedStates, Tensor], None] | None:
-    """What encodes full pages on `device`, given `(open, sealed)` pairs; `None` where the codec's torch functions do."""
+    """What encodes full pages on `device`, given `(open, sealed)` pairs; `None` where torch functions do."""
     return None if why_not(device) is not None else _triton_seal
 
 
