@@ -12,9 +12,11 @@ second captures; growth of the pages captures anew.
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 import weakref
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
@@ -42,21 +44,27 @@ class DecodeGraph:
     Args:
         model: the model; kept weakly, as it keeps this object.
         compiled: whether the captured body goes through `torch.compile`.
+        before: what stood in the place of the class's `forward` (accelerate's hooks), if anything did.
     """
 
-    def __init__(self, model: nn.Module, compiled: bool = False) -> None:
-        self._model, self.compiled = weakref.ref(model), compiled
+    def __init__(self, model: nn.Module, compiled: bool = False, before: Callable[..., Any] | None = None) -> None:
+        self._model, self.compiled, self.before = weakref.ref(model), compiled, before
         self._checked = False  # a replay has been compared with an eager run
         self._barred: str | None = None  # why this model's steps are not captured
         self._layers = CompiledLayers() if compiled else None
         self.__signature__ = inspect.signature(functools.partial(type(model).forward, model))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self._model(), self.compiled)
+        return type(self), (self._model(), self.compiled, self.before)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> DecodeGraph:
         model = self._alive()
-        return DecodeGraph(memo.get(id(model), model), self.compiled)
+        return DecodeGraph(memo.get(id(model), model), self.compiled, copy.deepcopy(self.before, memo))
+
+    @property
+    def _forward(self) -> Callable[..., Any]:
+        model = self._alive()
+        return functools.partial(type(model).forward, model) if self.before is None else self.before
 
     def _alive(self) -> nn.Module:
         model = self._model()
@@ -65,8 +73,7 @@ class DecodeGraph:
         return model
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        model = self._alive()
-        forward = functools.partial(type(model).forward, model)
+        model, forward = self._alive(), self._forward
         given = named_arguments(self.__signature__, args, kwargs)
         cache = cache_in(given)
         if not isinstance(cache, PageCache) or not self._is_decode_step(cache, given):
@@ -108,7 +115,7 @@ class DecodeGraph:
                     raise NotReplayable(barred)
                 context.captured, context.warmed = None, key  # the old graph's memory goes before the new one's comes
                 context.graph["warm-ups"] += 1
-                output = self._run(model, cache, step, base, trusted=False)
+                output = self._run(cache, step, base, trusted=False)
                 finish_step(cache)
                 return output
             held = self._capture(model, cache, step, base, key)
@@ -117,7 +124,7 @@ class DecodeGraph:
             check = not self._checked
         expected = None
         if check or debugging():
-            expected = self._run(model, cache, step, base, trusted=True)
+            expected = self._run(cache, step, base, trusted=True)
         output = held.replay(step.ids, step.positions, base, cache)
         if expected is not None:
             self._compare(expected, output)
@@ -125,15 +132,13 @@ class DecodeGraph:
         context.graph["replays"] += 1
         return output
 
-    def _run(self, model: nn.Module, cache: PageCache, step: Step, base: int, trusted: bool) -> Any:
+    def _run(self, cache: PageCache, step: Step, base: int, trusted: bool) -> Any:
         """The planned step as an ordinary run."""
         with running(cache.context, trusted):
-            forward = functools.partial(type(model).forward, model)
-            return forward(**step.arguments(step.ids, step.positions - base, cache))
+            return self._forward(**step.arguments(step.ids, step.positions - base, cache))
 
     def _capture(self, model: nn.Module, cache: PageCache, step: Step, base: int, key: tuple[Any, ...]) -> Capture:
-        context = cache.context
-        forward = functools.partial(type(model).forward, model)
+        context, forward = cache.context, self._forward
         layers = nullcontext() if self._layers is None else self._layers.inside(model)
 
         def body(ids: Tensor, positions: Tensor) -> Any:

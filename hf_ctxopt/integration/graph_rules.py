@@ -111,6 +111,18 @@ def refusal(model: nn.Module) -> str | None:
         return "the model is in training mode"
     for name, module in model.named_modules():
         hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
-        if any(hook is not rebase_positions for hook in hooks) or hasattr(module, "_hf_hook"):
+        moves = getattr(module, "_hf_hook", None)
+        if any(hook is not rebase_positions for hook in hooks) or not _stays(moves, devices):
             return f"a hook on {name or type(model).__name__}"
     return None
+
+
+def _stays(hook: Any, devices: set[str]) -> bool:
+    """Whether accelerate's hook leaves everything on the model's one device (`device_map="auto"` on one GPU)."""
+    if hook is None:
+        return True
+    device = getattr(hook, "execution_device", None)
+    if type(hook).__name__ != "AlignDevicesHook" or getattr(hook, "offload", True) or device is None:
+        return False
+    place = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
+    return {str(place)} == devices

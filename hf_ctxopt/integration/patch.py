@@ -76,8 +76,11 @@ def unpatch_model(model: _Model) -> _Model:
     if record is not None:
         for config, implementation in record.attention:
             config._attn_implementation_internal = implementation
-        if isinstance(vars(inner).get("forward"), DecodeGraph):
+        graph = vars(inner).get("forward")
+        if isinstance(graph, DecodeGraph):
             del inner.forward
+            if graph.before is not None:
+                inner.forward = graph.before
         from_host(inner, record.moved)
         delattr(inner, ATTRIBUTE)
     return model
@@ -99,9 +102,8 @@ def patched(model: _Model, cache: str = "ctx_paged", **options: Any) -> Iterator
 def _apply(model: Any, record: PatchRecord) -> None:
     if record.fused:
         model.set_attn_implementation(ATTENTION)
-    # A `forward` that somebody else has put there (accelerate's hooks) stays, and its steps run eagerly.
-    if record.fused and record.graph and "forward" not in vars(model):
-        model.forward = DecodeGraph(model, record.compiled)
+    if record.fused and record.graph:
+        model.forward = DecodeGraph(model, record.compiled, vars(model).get("forward"))
     record.moved = to_host(model, record.on_host)
     setattr(model, ATTRIBUTE, record)
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, wraps
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,7 +45,9 @@ def seal_kernel(device: torch.device) -> Callable[[PagedStates, Tensor], None] |
 def _triton_seal(pages: PagedStates, pairs: Tensor) -> None:
     from .seal_triton import seal
 
-    seal(pages, pairs.to(pages.raw_keys.device, non_blocking=True))
+    device = pages.raw_keys.device
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        seal(pages, pairs.to(device, non_blocking=True))
 
 
 def why_not(device: torch.device) -> str | None:
@@ -68,4 +72,17 @@ def _triton_kernels() -> DecodeKernels:
     def scratch(query: Tensor, pages: PagedStates, entries: int) -> int:
         return workspace_bytes(query, pages, entries, False)
 
-    return DecodeKernels("triton", append, decode, scratch)
+    return DecodeKernels("triton", _on_its_device(append), _on_its_device(decode), scratch)
+
+
+def _on_its_device(kernel: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """`kernel`, launched on its first argument's device: Triton takes the current one, whatever the tensors say."""
+
+    @wraps(kernel)
+    def launch(first: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if not first.is_cuda or first.device.index == torch.cuda.current_device():
+            return kernel(first, *args, **kwargs)
+        with torch.cuda.device(first.device):
+            return kernel(first, *args, **kwargs)
+
+    return launch

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import dispatch_model
 from torch import nn
 from transformers.generation.streamers import BaseStreamer
 
@@ -240,6 +241,22 @@ def test_hooks_and_training_run_eagerly() -> None:
         cache = hf_ctxopt.make_cache(model, "ctx_paged", page_size=8)
         steps(model, cache)
         assert cache.stats()["graph"] == {"eager: the model is in training mode": 3}
+
+
+def test_hooks_that_move_nothing_are_captured_with_the_model() -> None:
+    """`device_map="auto"` puts accelerate's hooks on quantized models even where there is one device."""
+    model = build("llama")
+    want = model.generate(IDS, **{**GREEDY, "max_new_tokens": 12})
+    dispatch_model(model, {"": "cpu"}, force_hooks=True)
+    hooked = vars(model)["forward"]
+    with hf_ctxopt.patched(model, **PAGED):
+        got = model.generate(IDS, **{**GREEDY, "max_new_tokens": 12})
+        assert torch.equal(
+            copy.deepcopy(model).generate(IDS, **{**GREEDY, "max_new_tokens": 12}).sequences, want.sequences
+        )
+    assert vars(model)["forward"] is hooked
+    assert torch.equal(got.sequences, want.sequences)
+    assert graph_stats(got)["replays"] >= 9, graph_stats(got)
 
 
 @pytest.mark.parametrize("debug", [True, False])
