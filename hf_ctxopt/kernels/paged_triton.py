@@ -74,22 +74,33 @@ def choose(pages: PagedStates, pairs: int, entries: int) -> Launch:
     room to grow only costs programs that end at once. The rules and their numbers come from a sweep on one H200
     (`benchmarks/gpu/attention.py` times what they choose); multiprocessors and shared memory scale them down.
     """
-    device, size = pages.raw_keys.device, pages.page_size
-    token = (pages.raw_keys.shape[-1] + pages.raw_values.shape[-1]) * pages.raw_keys.element_size()
-    cores, room = multiprocessors(device), shared_memory(device)
-    if pages.sealed is None:
-        # Two programs on each multiprocessor keep the memory busy; more only add partial results to merge.
-        tokens = 128
-        while tokens > max(32, size) and 2 * tokens * token * _OVERHEAD > room:
-            tokens //= 2
-        tokens = max(tokens, size)
-        tiles = -(-entries * size // tokens)
-        splits = max(1, min(2 * cores // pairs, tiles))
-        return Launch(splits, tokens, 8 if tokens >= 128 else 4, 2)
+    cores, room = multiprocessors(pages.raw_keys.device), shared_memory(pages.raw_keys.device)
+    rule = _raw_launch if pages.sealed is None else _mixed_launch
+    return rule(pages, max(1, pairs), entries, cores, room)
+
+
+def _tile(pages: PagedStates, tokens: int) -> int:
+    """Bytes of shared memory of a program that reads `tokens` raw tokens at a time."""
+    channels = pages.raw_keys.shape[-1] + pages.raw_values.shape[-1]
+    return int(tokens * channels * pages.raw_keys.element_size() * _OVERHEAD)
+
+
+def _raw_launch(pages: PagedStates, pairs: int, entries: int, cores: int, room: int) -> Launch:
+    # Two programs on each multiprocessor keep the memory busy; more only add partial results to merge.
+    tokens, size = 128, pages.page_size
+    while tokens > max(32, size) and 2 * _tile(pages, tokens) > room:
+        tokens //= 2
+    tiles = -(-entries * size // tokens)
+    splits = max(1, min(2 * cores // pairs, tiles))
+    return Launch(splits, tokens, 8 if tokens >= 128 else 4, 2)
+
+
+def _mixed_launch(pages: PagedStates, pairs: int, entries: int, cores: int, room: int) -> Launch:
     # Unpacking is bound by registers: as many small programs as they allow (128 for each thread up to 4 bits), in
     # one wave. A program reads either raw or sealed pages: of few splits, one for the raw pages would be a waste.
-    tokens, wide = max(32, size), max(pages.k_bits, pages.v_bits) > 4
-    fit = max(1, min(6 if wide else 8, int(room / (tokens * token * _OVERHEAD))))
+    size, wide = pages.page_size, max(pages.k_bits, pages.v_bits) > 4
+    tokens = max(32, size)
+    fit = max(1, min(6 if wide else 8, room // _tile(pages, tokens)))
     wave = max(1, fit * cores // pairs)
     splits = max(wave, min(wave * -(-24 // wave), entries // 4))
     splits = max(2, min(splits, -(-entries // 2), 512))

@@ -14,6 +14,7 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from hf_ctxopt.errors import ConfigError
+from hf_ctxopt.kernels import paged_triton
 from hf_ctxopt.kernels.paged import PagedStates, SealedPages, decode_reference, unpack
 from hf_ctxopt.kernels.paged_triton import Launch, decode, workspace_bytes
 
@@ -162,10 +163,31 @@ def test_variants(size: int, bits: tuple[int, int] | None, options: dict[str, ob
 @pytest.mark.parametrize("splits", [1, 3, 10])
 @pytest.mark.parametrize("tokens", [16, 64])
 def test_launches_agree(splits: int, tokens: int) -> None:
-    raw = Problem(lengths=(129, 1, 64), seed=splits)
+    raw = Problem(lengths=(97, 1, 48), seed=splits)
     assert max(raw.errors(Launch(splits, tokens, 4, 2), again=tokens == 64)) < 1e-5
-    sealed = Problem(bits=(8, 4), lengths=(129, 1, 64), seed=splits)
+    sealed = Problem(bits=(8, 4), lengths=(97, 1, 48), seed=splits)
     assert max(sealed.errors(Launch(max(2, splits), tokens, 1, 2), again=tokens == 16)) < 2e-3
+
+
+@pytest.mark.parametrize(("cores", "room"), [(132, 228 << 10), (36, 100 << 10), (1, 64 << 10)])
+@pytest.mark.parametrize("bits", [None, (8, 4), (4, 4)])
+def test_chosen_launches_fit_the_gpu(
+    cores: int, room: int, bits: tuple[int, int] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(paged_triton, "multiprocessors", lambda device: cores)
+    monkeypatch.setattr(paged_triton, "shared_memory", lambda device: room)
+    case = Problem(key_dim=128, value_dim=128, size=32, bits=bits, lengths=(40,), dtype=torch.float16)
+    for pairs in (1, 8, 64, 1000):
+        for entries in (1, 64, 1024, 4096):
+            launch = paged_triton.choose(case.pages, pairs, entries)
+            assert (1 if bits is None else 2) <= launch.splits <= max(2, entries, 24)
+            assert launch.tokens >= 32
+            # a tile of K and V for each of two programs, or for the one that always must fit
+            assert launch.tokens * 512 * (2 if bits is None else 1) <= room
+            # a few rows fill the GPU, many rows do not multiply the programs
+            if entries == 4096:
+                assert launch.splits * pairs >= cores
+                assert pairs < 64 or launch.splits * pairs <= max(48 * pairs, 8 * cores)
 
 
 def test_empty_rows_give_zeros() -> None:
