@@ -1,7 +1,7 @@
 """A chunk of queries against a row's history and its own keys, piece by piece: the fused route's prefill on a GPU.
 
-Scratch is bounded by the chunk and by `PIECE`, whatever the length of the context: quantized history is decoded one
-piece at a time, and no mask is built.
+Scratch is bounded by the chunk and by `PIECE_BYTES`, whatever the length of the context: quantized history is decoded
+one piece at a time, and no mask is built.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ..pages.rows import Stretch
 if TYPE_CHECKING:
     from .view import Mask, StepView
 
-PIECE = 4096  # most tokens of quantized history that are decoded at once
+PIECE_BYTES = 16 << 20  # of quantized history that is decoded at once: 4,096 tokens of 8 heads of 128 in bf16
 DEVICES = {"cuda"}  # elsewhere torch's own fused attention over views is as good
 
 
@@ -79,6 +79,13 @@ def _pieces(view: StepView, index: int, row: RowStep, query: Tensor) -> Iterator
                     yield Piece(turned[base, over_gap], keys[:, part], values[:, part], offset, window)
 
 
+def piece_tokens(view: StepView) -> int:
+    """Tokens of quantized history that are decoded at once: whole pages, 256 tokens at least."""
+    token = sum(states.shape[1] * states.shape[-1] * states.element_size() for states in (view.keys, view.values))
+    size = view.storage.page_size
+    return -(-max(256, PIECE_BYTES // token) // size) * size
+
+
 def _stretches(view: StepView, index: int, row: RowStep) -> Iterator[tuple[Stretch, Tensor, Tensor]]:
     """The row's history, then the chunk's own states as they came."""
     if view.old is not None:
@@ -86,7 +93,7 @@ def _stretches(view: StepView, index: int, row: RowStep) -> Iterator[tuple[Stret
     else:
         for stretch in row.after:
             length = min(stretch.length, row.start - stretch.token)
-            most = PIECE if stretch.sealed(view.storage.page_size) else length
+            most = piece_tokens(view) if stretch.sealed(view.storage.page_size) else length
             for start in range(0, length, max(1, most)):
                 part = Stretch(stretch.slot + start, stretch.token + start, min(most, length - start))
                 yield part, *view.storage.read(part)

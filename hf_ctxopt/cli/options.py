@@ -75,8 +75,10 @@ def cache_choice(
     known = cache_names()
     if name not in known:
         raise ConfigError("cache", name, "one of " + ", ".join(known))
-    given = {"window": window, "sinks": sinks, "budget": _budget(budget), "page_size": page_size}
-    given["kv_bits"] = None if kv_bits is None else parse_bits(kv_bits)
+    bits = None if kv_bits is None else parse_bits(kv_bits)
+    given = {
+        "window": window, "sinks": sinks, "budget": _budget(budget), "page_size": page_size, "kv_bits": bits,
+    }  # fmt: skip
     options = {key: value for key, value in given.items() if value is not None}
     for key, value in options.items():
         if key not in option_names(name):

@@ -47,7 +47,13 @@ def run(
 ) -> None:
     """Generate text from a prompt or a file. The text goes to standard output, all else to standard error."""
     options.prefer_growing_segments()
-    given = {"window": window, "sinks": sinks, "budget": budget, "page_size": page_size, "kv_bits": kv_bits}
+    given: dict[str, Any] = {
+        "window": window,
+        "sinks": sinks,
+        "budget": budget,
+        "page_size": page_size,
+        "kv_bits": kv_bits,
+    }
     choice = options.cache_choice(cache, fused=fused, **given)
     sampling = options.sampling(temperature, top_p, top_k)
     text = read_text(prompt, file)

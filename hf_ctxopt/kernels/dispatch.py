@@ -50,6 +50,17 @@ def _triton_seal(pages: PagedStates, pairs: Tensor) -> None:
         seal(pages, pairs.to(device, non_blocking=True))
 
 
+def gather_kernel(device: torch.device) -> Callable[..., None] | None:
+    """What decodes sealed pages into dense K and V on `device` (see `gather.py`); `None` where torch functions do."""
+    return None if why_not(device) is not None else _triton_gather
+
+
+def _triton_gather(pages: PagedStates, row: Tensor, first: int, count: int, keys: Tensor, values: Tensor) -> None:
+    from .gather_triton import gather
+
+    gather(pages, row, first, count, keys, values)
+
+
 def why_not(device: torch.device) -> str | None:
     """Why there are no kernels for `device`; `None` if there are."""
     if device.type != "cuda":

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..kernels.dispatch import seal_kernel
+from ..kernels.dispatch import gather_kernel, seal_kernel
 from ..kernels.paged import PagedStates, SealedPages
 from ..kernels.sealed import SealedSegment, SealedTokens
 from .pool import SEALED
@@ -197,7 +197,14 @@ class LayerStorage:
         slot = stretch.slot - SEALED * self.page_size
         first, skip = divmod(slot, self.page_size)
         count = -(-(skip + stretch.length) // self.page_size)
-        keys, values = (part.read(first, count).flatten(1, 2) for part in self.parts)
+        kernel = gather_kernel(self.keys.device)
+        if kernel is not None and all(part.codec.bits < 16 for part in self.parts):
+            shape = self.keys.shape[0], count * self.page_size
+            keys, values = (like.new_empty((*shape, like.shape[-1])) for like in (self.keys, self.values))
+            listed = torch.arange(-1 - first, -1 - first - count, -1, dtype=torch.int32, device=self.keys.device)
+            kernel(self.paged, listed, 0, count, keys, values)
+        else:
+            keys, values = (part.read(first, count).flatten(1, 2) for part in self.parts)
         return keys[:, skip : skip + stretch.length], values[:, skip : skip + stretch.length]
 
     @property

@@ -78,6 +78,46 @@ def test_same_logits_in_padded_rows(
     assert float((got - _logits(family, kind, 25, padded=True)).abs().max()) < 1e-4
 
 
+def test_a_piece_is_whole_pages_of_bounded_bytes() -> None:
+    def tokens(heads: int, dim: int, page_size: int) -> int:
+        states = torch.zeros(1, heads, 1, dim, dtype=torch.bfloat16)
+        return pieces.piece_tokens(
+            SimpleNamespace(keys=states, values=states, storage=SimpleNamespace(page_size=page_size))
+        )
+
+    assert tokens(8, 128, 32) == 4096
+    assert tokens(32, 128, 32) == 1024
+    assert tokens(128, 512, 1024) == 1024
+    assert tokens(3, 64, 64) % 64 == 0
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_quantized_history(family: str, bits: int, served: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pieces meet the stored states exactly as the way does that asks the mask."""
+    monkeypatch.setitem(CACHES, "quantized", ("ctx_paged", {"page_size": 8, "kv_bits": bits, "rotate": True}))
+    monkeypatch.setattr(pieces, "piece_tokens", lambda view: 24)
+    got = _logits(family, "quantized", 20)
+    assert served
+    monkeypatch.setattr(pieces, "DEVICES", set())
+    assert float((got - _logits(family, "quantized", 20)).abs().max()) < 1e-3
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("bits", [16, 8, 4, 2])
+@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt_oss"])
+def test_on_a_gpu(family: str, bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The device's kernels seal and decode the pages; both ways read the same ones."""
+    options = {"page_size": 16, "kv_bits": bits}
+    monkeypatch.setattr(pieces, "piece_tokens", lambda view: 32)
+    model, found = build(family).cuda(), []
+    for devices in ({"cuda"}, set()):
+        monkeypatch.setattr(pieces, "DEVICES", devices)
+        with hf_ctxopt.patched(model, **options):
+            found.append(feed(model, TEXT[None].cuda(), hf_ctxopt.make_cache(model, "ctx_paged", **options), 20))
+    assert float((found[0] - found[1]).abs().max()) < 1e-3
+
+
 def test_quantized_history_is_decoded_in_bounded_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[Stretch] = []
 
@@ -85,7 +125,7 @@ def test_quantized_history_is_decoded_in_bounded_pieces(monkeypatch: pytest.Monk
         read.append(stretch)
         return torch.zeros(2, stretch.length, 8), torch.zeros(2, stretch.length, 8)
 
-    monkeypatch.setattr(pieces, "PIECE", 16)
+    monkeypatch.setattr(pieces, "piece_tokens", lambda view: 16)
     after = [Stretch(0, 0, 4), Stretch(SEALED * 4 + 8, 4, 40), Stretch(8, 44, 12)]
     row = RowStep(pad=0, start=50, stop=56, lower=0, before=[], after=after)
     view = SimpleNamespace(
