@@ -13,6 +13,8 @@ from transformers.masking_utils import sliding_window_causal_mask_function as sl
 import hf_ctxopt
 from hf_ctxopt.caches import chunk as pieces
 from hf_ctxopt.integration.mask import LazyMask
+from hf_ctxopt.kernels.gather import gather_reference
+from hf_ctxopt.pages import storage
 from hf_ctxopt.pages.plan import RowStep
 from hf_ctxopt.pages.pool import SEALED
 from hf_ctxopt.pages.rows import Stretch
@@ -101,6 +103,19 @@ def test_quantized_history(family: str, bits: int, served: list[int], monkeypatc
     assert served
     monkeypatch.setattr(pieces, "DEVICES", set())
     assert float((got - _logits(family, "quantized", 20)).abs().max()) < 1e-3
+
+
+def test_the_devices_kernel_decodes_what_torch_would(served: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(CACHES, "quantized", ("ctx_paged", {"page_size": 8, "kv_bits": {"k": 8, "v": 4}}))
+    want, calls = _logits("llama", "quantized", 20), []
+
+    def gather(pages: Any, row: torch.Tensor, first: int, count: int, *buffers: torch.Tensor) -> None:
+        calls.append(count)
+        gather_reference(pages, row, first, count, *buffers)
+
+    monkeypatch.setattr(storage, "gather_kernel", lambda device: gather)
+    assert float((want - _logits("llama", "quantized", 20)).abs().max()) < 1e-4
+    assert calls
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
