@@ -39,6 +39,7 @@ from hf_ctxopt.kernels.gather_triton import gather
 from hf_ctxopt.kernels.paged import PagedStates, decode_reference
 from hf_ctxopt.kernels.paged_triton import Launch, choose, decode, workspace_bytes
 from hf_ctxopt.kernels.seal_triton import seal
+from hf_ctxopt.pages.codec import Codec
 
 BANDWIDTH = 4.3e6  # bytes per us: what reads reach on an H200 (reference/gpu.md)
 SHAPES = [(2048, 1), (32768, 1), (131072, 1), (2048, 8), (32768, 8), (131072, 8)]
@@ -116,7 +117,8 @@ def check_others(which: tuple[tuple[int, int], int, tuple[int, int]]) -> dict[st
     raw = [normal(kv, 6, size, d).to(kind) for d in dims]
     room = seal_all(*(part.roll(1, 1) for part in raw), bits)
     pages = PagedStates(*raw, room)
-    seal(pages, torch.tensor([[2, 0], [0, 3], [-1, 1], [3, 4]], dtype=torch.int32, device="cuda"))
+    margins = Codec(bits[0], True).margin, Codec(bits[1], False).margin
+    seal(pages, torch.tensor([[2, 0], [0, 3], [-1, 1], [3, 4]], dtype=torch.int32, device="cuda"), margins)
     # The codec on the CPU divides; on a GPU torch multiplies by the reciprocal.
     encoded = seal_all(*(part.cpu() for part in raw), bits)
     unequal = 0

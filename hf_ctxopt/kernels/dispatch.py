@@ -37,17 +37,20 @@ def decode_kernels(device: torch.device) -> DecodeKernels | None:
     return None if why_not(device) is not None else _triton_kernels()
 
 
-def seal_kernel(device: torch.device) -> Callable[[PagedStates, Tensor], None] | None:
-    """What encodes full pages on `device`, given `(open, sealed)` pairs; `None` where torch functions do."""
+Sealer = Callable[[PagedStates, Tensor, tuple[float, float]], None]
+
+
+def seal_kernel(device: torch.device) -> Sealer | None:
+    """What encodes full pages on `device`, see `seal_triton.seal`; `None` where the codec's torch functions do."""
     return None if why_not(device) is not None else _triton_seal
 
 
-def _triton_seal(pages: PagedStates, pairs: Tensor) -> None:
+def _triton_seal(pages: PagedStates, pairs: Tensor, margins: tuple[float, float]) -> None:
     from .seal_triton import seal
 
     device = pages.raw_keys.device
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-        seal(pages, pairs.to(device, non_blocking=True))
+        seal(pages, pairs.to(device, non_blocking=True), margins)
 
 
 def gather_kernel(device: torch.device) -> Callable[..., None] | None:

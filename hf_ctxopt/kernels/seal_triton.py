@@ -19,8 +19,11 @@ ROUNDER = tl.constexpr(12582912.0)  # 1.5 * 2**23: adding it leaves no fraction,
 
 
 @triton.jit
-def _scale_and_zero(low, high, BITS: tl.constexpr):
-    """Float16 scale and zero of the range `[low, high]`."""
+def _scale_and_zero(low, high, BITS: tl.constexpr, MARGIN: tl.constexpr):
+    """Float16 scale and zero of the range `[low, high]`, less the share `MARGIN` of it at each end."""
+    if MARGIN > 0:
+        margin = (high - low) * MARGIN
+        low, high = low + margin, high - margin
     zero = tl.minimum(tl.maximum(low, -LIMIT), LIMIT).to(tl.float16)
     step = tl.div_rn(high - zero.to(tl.float32), tl.full(low.shape, (1 << BITS) - 1, tl.float32))
     return tl.minimum(tl.maximum(step, LEAST_SCALE), LIMIT).to(tl.float16), zero
@@ -37,7 +40,7 @@ def _codes(states, scale, zero, BITS: tl.constexpr):
 @triton.jit
 def _encode(
     states, codes, scales, P: tl.constexpr, DIM: tl.constexpr, BITS: tl.constexpr, WIDTH: tl.constexpr,
-    PAD: tl.constexpr, OVER_TOKENS: tl.constexpr,
+    PAD: tl.constexpr, OVER_TOKENS: tl.constexpr, MARGIN: tl.constexpr,
 ):  # fmt: skip
     """One page of one head; `WIDTH` bytes a token, whose plane `i` is channels `[i * WIDTH, (i + 1) * WIDTH)`."""
     PLANES: tl.constexpr = 8 // BITS
@@ -50,7 +53,7 @@ def _encode(
     packed = tl.zeros((P, PAD), tl.int32)
     if OVER_TOKENS:
         for i in tl.static_range(PLANES):
-            scale, zero = _scale_and_zero(tl.min(planes[i], 0), tl.max(planes[i], 0), BITS)
+            scale, zero = _scale_and_zero(tl.min(planes[i], 0), tl.max(planes[i], 0), BITS, MARGIN)
             tl.store(scales + i * WIDTH + e, scale, mask=e < WIDTH)
             tl.store(scales + DIM + i * WIDTH + e, zero, mask=e < WIDTH)
             packed |= _codes(planes[i], scale[None, :], zero[None, :], BITS) << (BITS * i)
@@ -59,7 +62,7 @@ def _encode(
         for i in tl.static_range(PLANES):
             low = tl.minimum(low, tl.min(tl.where(used, planes[i], float("inf")), 1))
             high = tl.maximum(high, tl.max(tl.where(used, planes[i], float("-inf")), 1))
-        scale, zero = _scale_and_zero(low, high, BITS)
+        scale, zero = _scale_and_zero(low, high, BITS, MARGIN)
         tl.store(scales + t, scale)
         tl.store(scales + P + t, zero)
         for i in tl.static_range(PLANES):
@@ -71,7 +74,7 @@ def _encode(
 def seal_kernel(
     raw_keys, raw_values, k_codes, k_scales, v_codes, v_scales, pairs, raw_pages, sealed_pages, P: tl.constexpr,
     DK: tl.constexpr, DV: tl.constexpr, KB: tl.constexpr, VB: tl.constexpr, WK: tl.constexpr, WV: tl.constexpr,
-    WKP: tl.constexpr, WVP: tl.constexpr,
+    WKP: tl.constexpr, WVP: tl.constexpr, MK: tl.constexpr, MV: tl.constexpr,
 ):  # fmt: skip
     """Grid `(pairs, kv_heads, 2)`: K, then V."""
     pair, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
@@ -81,22 +84,23 @@ def seal_kernel(
         if tl.program_id(2) == 0:
             _encode(
                 raw_keys + raw * (P * DK), k_codes + sealed * (P * WK), k_scales + sealed * (2 * DK), P, DK, KB, WK,
-                WKP, True,
+                WKP, True, MK,
             )  # fmt: skip
         else:
             _encode(
                 raw_values + raw * (P * DV), v_codes + sealed * (P * WV), v_scales + sealed * (2 * P), P, DV, VB, WV,
-                WVP, False,
+                WVP, False, MV,
             )  # fmt: skip
 
 
-def seal(pages: PagedStates, pairs: Tensor) -> None:
+def seal(pages: PagedStates, pairs: Tensor, margins: tuple[float, float] = (0.0, 0.0)) -> None:
     """Encode open pages into sealed ones of the same layer.
 
     Args:
         pages: the layer's pages; `pages.sealed` is written in place.
         pairs: contiguous int32 `(n, 2)`, each an open page that is full and the sealed page it becomes; a pair with a
             negative open page does nothing, so that a captured launch can do less.
+        margins: share of a group's range left out at each end, for K and for V (see `pages/codec.py`).
 
     Raises:
         ConfigError: without sealed pages, for bits other than 8, 4 and 2, page sizes that are no power of two, and
@@ -124,5 +128,7 @@ def seal(pages: PagedStates, pairs: Tensor) -> None:
         pages.raw_keys, pages.raw_values, sealed.k_codes, sealed.k_scales, sealed.v_codes, sealed.v_scales, pairs,
         raw_pages, sealed.k_codes.shape[1], P=size, DK=key_dim, DV=value_dim, KB=pages.k_bits, VB=pages.v_bits,
         WK=widths[0], WV=widths[1], WKP=triton.next_power_of_2(widths[0]), WVP=triton.next_power_of_2(widths[1]),
-        num_warps=8 if size * max(key_dim, value_dim) > 8192 else 4,
+        MK=margins[0], MV=margins[1],
+        # The codec rounds product and sum, one after the other.
+        enable_fp_fusion=False, num_warps=8 if size * max(key_dim, value_dim) > 8192 else 4,
     )  # fmt: skip

@@ -1,5 +1,18 @@
 """How a full ("sealed") page is stored: 8, 4 or 2 bits per value with float16 scales.
 
+A group is one channel over the page's tokens (K), or one token over its channels (V). All arithmetic is float32:
+
+    low, high = min(group), max(group)
+    margin    = (high - low) * MARGINS[part, bits]           # 0 at 8 and 4 bits
+    zero      = float16(clamp(low + margin, -65504, 65504))
+    scale     = float16(clamp(((high - margin) - zero) / (2**bits - 1), 6.2e-5, 65504))
+    code      = clamp(round_half_to_even((value - zero) / scale), 0, 2**bits - 1)
+    value     ≈ code * scale + zero
+
+At 2 bits the outermost values are given up (`margin` from both ends of the range) for a finer step inside: on
+SmolLM2's states that halves the error of what attention returns, and a search for the best range of each group gains
+nothing over these constants (`benchmarks/quality.py`).
+
 K has a scale and a zero for each channel over the page's tokens, V for each token over its channels, because K's
 outliers sit in few channels and V's do not (KIVI, Liu et al. 2024, arXiv 2402.02750, section 3). Codes are packed in
 planes: of `n = 8 / bits` planes of `head_dim / n` channels, byte `e` of a token holds channel `e + i * head_dim / n`
@@ -12,6 +25,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+MARGINS = {("k", 2): 0.05, ("v", 2): 0.125}
+"""Share of a group's range left out at each end, by part and bits; 0 where nothing is given."""
 
 _LEAST_SCALE = 6.2e-5  # the smallest normal float16: a constant channel must not divide by zero
 
@@ -28,6 +44,11 @@ class Codec:
 
     bits: int
     over_tokens: bool
+
+    @property
+    def margin(self) -> float:
+        """Share of a group's range left out at each end."""
+        return MARGINS.get(("k" if self.over_tokens else "v", self.bits), 0.0)
 
     @property
     def planes(self) -> int:
@@ -66,6 +87,9 @@ class Codec:
             return states, states.new_empty((*states.shape[:-2], 2, 0), dtype=torch.float16)
         wide = states.to(torch.float32)
         low, high = wide.aminmax(dim=-2 if self.over_tokens else -1, keepdim=True)
+        if self.margin:
+            margin = (high - low) * self.margin
+            low, high = low + margin, high - margin
         # Scale and zero are rounded first and the codes found with what will be read back. A value outside of
         # float16 is brought to its edge: the codes around it stay finite.
         limit = torch.finfo(torch.float16).max

@@ -10,6 +10,8 @@ from torch import Tensor
 from ..errors import ConfigError
 from .codec import Codec
 
+_PIECE = 64  # pages encoded or decoded at once: bounds the float32 copies
+
 
 @dataclass(frozen=True)
 class Codecs:
@@ -81,12 +83,27 @@ class SealedPart:
 
     def write(self, page: int, states: Tensor) -> None:
         """Encode `(kv_heads, pages, page_size, head_dim)` into neighbouring pages from `page` on."""
-        codes, scales = self.codec.encode(states)
-        stop = page + states.shape[1]
-        self.codes[:, page:stop] = codes
-        self.scales[:, page:stop] = scales
+        for first in range(0, states.shape[1], _PIECE):
+            codes, scales = self.codec.encode(states[:, first : first + _PIECE])
+            part = slice(page + first, page + first + codes.shape[1])
+            self.codes[:, part] = codes
+            self.scales[:, part] = scales
 
-    def read(self, page: int, count: int, dtype: torch.dtype | None = None) -> Tensor:
+    def write_at(self, pages: list[int], states: Tensor) -> None:
+        """Encode `(kv_heads, pages, page_size, head_dim)` into the listed pages."""
+        self.codes[:, pages], self.scales[:, pages] = self.codec.encode(states)
+
+    def read(self, page: int, count: int) -> Tensor:
         """The states of neighbouring pages, `(kv_heads, pages, page_size, head_dim)`: a view at 16 bits."""
-        part = slice(page, page + count)
-        return self.codec.decode(self.codes[:, part], self.scales[:, part], dtype or self.dtype)
+        if count <= _PIECE or self.codec.bits == 16:
+            return self._decode(page, page + count)
+        first = self._decode(page, page + _PIECE)
+        found = first.new_empty(first.shape[0], count, *first.shape[2:])
+        found[:, :_PIECE] = first
+        for start in range(_PIECE, count, _PIECE):
+            stop = min(start + _PIECE, count)
+            found[:, start:stop] = self._decode(page + start, page + stop)
+        return found
+
+    def _decode(self, page: int, stop: int) -> Tensor:
+        return self.codec.decode(self.codes[:, page:stop], self.scales[:, page:stop], self.dtype)

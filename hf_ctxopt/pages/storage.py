@@ -17,6 +17,8 @@ from .rotation import rotate_channels, rotation_matrix
 from .rows import Stretch
 from .sealed import Codecs, SealedPart
 
+_SEALED_AT_ONCE = 64
+
 
 class LayerStorage:
     """K and V of one layer. Made from the first tensors that arrive, never from a config.
@@ -128,14 +130,14 @@ class LayerStorage:
             return
         kernel = seal_kernel(self.keys.device)
         if kernel is not None and all(part.codec.bits < 16 for part in self.parts):
-            kernel(self.paged, torch.tensor([(page, target - SEALED) for page, target in pairs], dtype=torch.int32))
+            margins = self.parts[0].codec.margin, self.parts[1].codec.margin
+            numbers = torch.tensor([(page, sealed - SEALED) for page, sealed in pairs], dtype=torch.int32)
+            kernel(self.paged, numbers, margins)
             return
-        pages = [source for source, _ in pairs]
-        for part, stored in zip(self.parts, (self.keys, self.values), strict=True):
-            codes, scales = part.codec.encode(stored[:, pages])
-            targets = [target - SEALED for _, target in pairs]
-            part.codes[:, targets] = codes
-            part.scales[:, targets] = scales
+        for start in range(0, len(pairs), _SEALED_AT_ONCE):
+            some = pairs[start : start + _SEALED_AT_ONCE]
+            for part, stored in zip(self.parts, (self.keys, self.values), strict=True):
+                part.write_at([sealed - SEALED for _, sealed in some], stored[:, [page for page, _ in some]])
 
     def fill(self, page: int, sealed: int, keys: Tensor, values: Tensor) -> None:
         """Encode an open page and the new tokens that fill it up into a sealed one; the open page is not written.

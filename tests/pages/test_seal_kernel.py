@@ -35,9 +35,9 @@ def sealed(bits: tuple[int, int]) -> LayerStorage:
 def test_codes_are_the_codecs(monkeypatch: pytest.MonkeyPatch, bits: tuple[int, int]) -> None:
     want, calls = sealed(bits), []
 
-    def kernel(pages: object, pairs: torch.Tensor) -> None:
+    def kernel(pages: object, pairs: torch.Tensor, margins: tuple[float, float]) -> None:
         calls.append(pairs.tolist())
-        _triton_seal(pages, pairs)  # type: ignore[arg-type]
+        _triton_seal(pages, pairs, margins)  # type: ignore[arg-type]
 
     monkeypatch.setattr(module, "seal_kernel", lambda device: kernel)
     got = sealed(bits)
