@@ -8,6 +8,7 @@ import os
 os.environ["CTXOPT_DEBUG"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ.setdefault("TRITON_INTERPRET", "1")  # also read once, by whoever imports triton first; 0 on a GPU
 
 from collections.abc import Iterator
 from importlib.util import find_spec

@@ -75,8 +75,10 @@ def _new(
     check_holes(cache, mask, expected)
     if encoder_decoder:
         return EncoderDecoderCache(cache, DynamicCache(config=model.config.get_text_config(decoder=True)))
+    prompt = _prompt_length(mask, generation_config)
+    _announce(cache, prompt)
     if _only_text(model_kwargs):
-        _chunk(model, generation_config, cache, _prompt_length(mask, generation_config))
+        _chunk(model, generation_config, cache, prompt)
     return cache
 
 
@@ -93,11 +95,19 @@ def _continue(model: Any, given: Any, generation_config: Any, model_kwargs: dict
         group.expected = None
         if not group.seen:
             group.pads = padding_of(mask)
+    _announce(cache, _prompt_length(mask, generation_config))
     text = not model.config.is_encoder_decoder and _only_text(model_kwargs)
     if text and _slices_chunks(cache.get_seq_length()):
         total = _prompt_length(model_kwargs.get("attention_mask"), generation_config)
         new = None if total is None else total - cache.get_seq_length()
         _chunk(model, generation_config, cache, new)
+
+
+def _announce(cache: PageCache, prompt: int | None) -> None:
+    """Tell the layer groups the prompt's length, where all rows have as much of it."""
+    for group in cache.groups:
+        pads = set(group.pads or [0])
+        group.announced = prompt - pads.pop() if prompt is not None and len(pads) == 1 else 0
 
 
 _TEXT_INPUTS = ("attention_mask", "position_ids", "token_type_ids", "cache_position")

@@ -32,6 +32,7 @@ def with_slack(group: LayerGroup, rows: int, required: Pages, limit: Limit) -> P
         limit: most pages of a kind (0: open, 1: sealed) beside the given ones of the other kind, at least those
             needed; `None` for no limit.
     """
+    required = _with_announced(group, rows, required, limit)
     if group.codecs is None:
         capacity = required.open + required.open // 8 + 1
         bound = _expected_pages(group, rows)
@@ -44,6 +45,16 @@ def with_slack(group: LayerGroup, rows: int, required: Pages, limit: Limit) -> P
     opened = _within(max(required.open, rows * open_bound(group)), limit(required, 0))
     required = Pages(opened, required.sealed)
     return Pages(opened, _within(_sealed_with_slack(group, rows, required.sealed), limit(required, 1)))
+
+
+def _with_announced(group: LayerGroup, rows: int, required: Pages, limit: Limit) -> Pages:
+    """`required`, or what a prompt that comes in chunks is known to need: nothing is moved between its chunks."""
+    pages = -(-group.announced // group.page_size)
+    pages = rows * (pages if group.row_bound is None else min(pages, group.row_bound))
+    if group.codecs is None:
+        return required._replace(open=max(required.open, _within(pages, limit(required, 0))))
+    pages -= rows * open_bound(group)
+    return required._replace(sealed=max(required.sealed, _within(pages, limit(required, 1))))
 
 
 def _sealed_with_slack(group: LayerGroup, rows: int, required: int) -> int:

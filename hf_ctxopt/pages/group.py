@@ -78,6 +78,7 @@ class LayerGroup:
     ) -> None:
         self.layers, self.policy, self.page_size = tuple(layers), policy, page_size
         self.budget, self.pads, self.expected = budget, pads, expected
+        self.announced = 0  # tokens a row is certain to reach: those of a prompt that is fed in chunks
         self.before_eviction = before_eviction
         self.codecs = codecs
         self.pool, self.sealed = PagePool(), PagePool(first=SEALED)
@@ -378,6 +379,7 @@ class LayerGroup:
         self.table_version += 1
         self.evicted_pages, self.pads = 0, None  # the padding was that of the text which is forgotten
         self.recording = self._late = False
+        self.announced = 0
         self._set_seen(0)
 
     def _set_seen(self, seen: int) -> None:

@@ -11,6 +11,7 @@ import hf_ctxopt
 from hf_ctxopt.caches.options import PageOptions, SinkOptions
 from hf_ctxopt.integration import chunking
 from hf_ctxopt.integration.compat import generate_argument
+from hf_ctxopt.pages.storage import LayerStorage
 from tests.families import build
 from tests.integration.test_memory import TEXT, Live, _lengths, tiny
 
@@ -110,3 +111,28 @@ def test_the_peak_of_a_prefill_of_sliding_layers_is_bounded() -> None:
             model.generate(TEXT[None, :tokens] % 100, max_new_tokens=1, prefill_chunk_size=512)
         peaks[tokens] = live.peak
     assert peaks[16_384] < 1.25 * peaks[2_048], peaks
+
+
+@pytest.mark.parametrize("options", [{}, {"kv_bits": 4}, {"cache": "ctx_sink", "window": 40}])
+def test_nothing_is_moved_between_the_chunks_of_a_prompt(
+    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Storages are made for the whole prompt: a card that can hold it need not hold parts of it twice."""
+    made: list[tuple[int, int]] = []
+    resize = LayerStorage.resize
+
+    def counted(self: LayerStorage, capacity: int, sealed: int = 0) -> None:
+        before = self.shape
+        resize(self, capacity, sealed)
+        made.extend([self.shape] if self.shape != before else [])
+
+    monkeypatch.setattr(LayerStorage, "resize", counted)
+    model, settings = tiny(), {"cache": "ctx_paged", "page_size": 8, **options}
+    with hf_ctxopt.patched(model, **settings):
+        model.generate(TEXT[None, :200], do_sample=False, max_new_tokens=4, prefill_chunk_size=16)
+    assert not made
+    cache = hf_ctxopt.make_cache(model, settings.pop("cache"), **settings)
+    with torch.no_grad():
+        for start in range(0, 200, 16):  # nobody announces the text of a manual loop
+            model(TEXT[None, start : start + 16], use_cache=True, **{generate_argument(): cache})
+    assert made or options.get("window")

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
-
-os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported
 
 import pytest
 import torch
