@@ -2,7 +2,7 @@
 
 With `key = code * scale + zero` per channel of a page, `query · key = (query * scale) · code + query · zero`; with
 `value = code * scale + zero` per token, the weighted sum is `(weights * scale) · codes + weights · zero`. Codes are
-unpacked plane by plane and in pieces of `PIECE` tokens, so that what is unpacked stays in the processor's cache.
+unpacked plane by plane and in pieces of `PIECE` codes, so that what is unpacked stays in the processor's cache.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-PIECE = 1024  # tokens unpacked at once, per head
+PIECE = 1 << 20  # codes unpacked at once, over all heads (4 MiB as floats)
 
 
 @dataclass(frozen=True)
@@ -24,50 +24,71 @@ class SealedTokens:
             themselves in a float dtype.
         scales: `(kv_heads, pages, 2, channels or tokens)` float16: scale and zero.
         bits: 8, 4, 2, or 16 for states.
+        over_tokens: scales are those of channels (K), else of tokens (V).
     """
 
     codes: Tensor
     scales: Tensor
     bits: int
+    over_tokens: bool
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all pages."""
+        return self.codes.shape[1] * self.codes.shape[2]
+
+    def decode(self, out: Tensor) -> None:
+        """Write the states of all pages, `(kv_heads, tokens, head_dim)`, to `out`, float32."""
+        pages = out.unflatten(1, self.codes.shape[1:3])
+        if self.bits == 16:
+            pages.copy_(self.codes)
+            return
+        planes = pages.chunk(8 // self.bits, dim=-1)
+        last = 8 - self.bits
+        for shift, plane in zip(range(0, 8, self.bits), planes, strict=True):
+            codes = self.codes if shift == 0 else self.codes >> shift
+            plane.copy_(codes if shift == last else codes & (2**self.bits - 1))
+        scale, zero = self.scales.to(out.dtype).unbind(2)
+        axis = 2 if self.over_tokens else 3
+        pages.mul_(scale.unsqueeze(axis)).add_(zero.unsqueeze(axis))
+
+    def _pieces(self) -> list[slice]:
+        """Cuts of the pages; one where they are few."""
+        heads, pages, size, width = self.codes.shape
+        step = max(1, PIECE * self.bits // (8 * heads * size * width)) if self.bits < 16 else pages
+        return [slice(first, min(first + step, pages)) for first in range(0, pages, step)]
 
     def scores(self, query: Tensor) -> Tensor:
         """Products of float32 queries `(kv_heads, rows, head_dim)` with all keys, `(kv_heads, rows, tokens)`."""
+        if self.bits == 16:
+            return query @ self.codes.flatten(1, 2).to(query.dtype).transpose(1, 2)
         heads, pages, size, _ = self.codes.shape
-        found = query.new_empty(heads, query.shape[1], pages * size)
-        step = max(1, PIECE // size)
-        for first in range(0, pages, step):
-            part = slice(first, min(first + step, pages))
-            codes = self.codes[:, part]
-            if self.bits == 16:
-                piece = query @ codes.flatten(1, 2).to(query.dtype).transpose(1, 2)
-            else:
-                scale, zero = self.scales[:, part].to(query.dtype).unbind(2)
-                # (heads, pages, rows, tokens) = one small product for each page
-                folded = query[:, None] * scale[:, :, None]
-                products = _sum_of_planes(folded, codes, self.bits)
-                products += torch.matmul(query, zero.transpose(1, 2)).transpose(1, 2)[..., None]
-                piece = products.transpose(1, 2).flatten(2)
-            found[..., part.start * size : part.stop * size] = piece
-        return found
+        found = query.new_empty(heads, query.shape[1], pages, size)
+        for part in self._pieces():
+            scales = self.scales[:, part].to(query.dtype)  # (heads, pages, 2, head_dim)
+            # One small product for each page: (heads, pages, rows, tokens).
+            products = _sum_of_planes(query[:, None] * scales[:, :, :1], self.codes[:, part], self.bits)
+            shift = query @ scales[:, :, 1].transpose(1, 2)
+            torch.add(products.transpose(1, 2), shift[..., None], out=found[:, :, part])
+        return found.flatten(2)
 
     def mix(self, weights: Tensor) -> Tensor:
         """Sums of all values by float32 weights `(kv_heads, rows, tokens)`, `(kv_heads, rows, head_dim)`."""
-        heads, pages, size, _ = self.codes.shape
-        total: Tensor | None = None
-        step = max(1, PIECE // size)
-        for first in range(0, pages, step):
-            part = slice(first, min(first + step, pages))
+        if self.bits == 16:
+            return weights @ self.codes.flatten(1, 2).to(weights.dtype)
+        size, total = self.codes.shape[2], None
+        for part in self._pieces():
             codes = self.codes[:, part].flatten(1, 2)
+            scale, zero = self.scales[:, part].to(weights.dtype).unbind(2)
             share = weights[..., part.start * size : part.stop * size]
-            if self.bits == 16:
-                piece = share @ codes.to(weights.dtype)
-            else:
-                scale, zero = self.scales[:, part].to(weights.dtype).unbind(2)
-                folded = share * scale.flatten(1)[:, None]
-                piece = torch.cat([folded @ plane for plane in _planes(codes, self.bits, weights.dtype)], dim=-1)
-                piece += share @ zero.flatten(1)[..., None]
+            folded = share * scale.flatten(1)[:, None]
+            planes = [folded @ plane for plane in _planes(codes, self.bits, weights.dtype)]
+            piece = planes[0] if len(planes) == 1 else torch.cat(planes, dim=-1)
+            piece += share @ zero.flatten(1)[..., None]
             total = piece if total is None else total.add_(piece)
-        return weights.new_zeros(heads, weights.shape[1], 0) if total is None else total
+        if total is None:
+            return weights.new_zeros(*weights.shape[:2], self.codes.shape[-1] * 8 // self.bits)
+        return total
 
 
 def _planes(codes: Tensor, bits: int, dtype: torch.dtype) -> list[Tensor]:
@@ -116,6 +137,16 @@ class SealedSegment:
         """Heads of keys and values."""
         return self.keys.codes.shape[0]
 
+    def copy_to(self, keys: Tensor, values: Tensor) -> None:
+        """See `attention.Segment.copy_to`."""
+        for part, out in ((self.keys, keys), (self.values, values)):
+            if part.tokens == self.tokens:
+                part.decode(out)
+            else:
+                whole = out.new_empty(out.shape[0], part.tokens, out.shape[2])
+                part.decode(whole)
+                out.copy_(whole[:, self.skip : self.skip + self.tokens])
+
     def scores(self, query: Tensor) -> Tensor:
         """See `attention.Segment.scores`."""
         found = self.keys.scores(query)
@@ -123,8 +154,7 @@ class SealedSegment:
 
     def mix(self, weights: Tensor) -> Tensor:
         """See `attention.Segment.mix`."""
-        whole = self.values.codes.shape[1] * self.values.codes.shape[2]
-        if whole != self.tokens:
-            rest = whole - self.skip - self.tokens
+        if self.values.tokens != self.tokens:
+            rest = self.values.tokens - self.skip - self.tokens
             weights = torch.nn.functional.pad(weights, (self.skip, rest))
         return self.values.mix(weights)

@@ -17,7 +17,11 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _FINE_FROM = 3840
-"""Tokens from which sealed pages grow by a 64th only: an eighth would eat up what 2 bits save over 4."""
+"""Tokens from which sealed pages grow by less than a 40th: an eighth would eat up what fewer bits save.
+
+With pages of 32 tokens and heads of 64 channels, two open pages in a 16-bit dtype and this slack together stay under a
+quarter of a bit per value, which is what the scales leave of the next whole number of bits.
+"""
 
 Limit = Callable[[Pages, int], int | None]
 
@@ -61,7 +65,7 @@ def _sealed_with_slack(group: LayerGroup, rows: int, required: int) -> int:
     if required <= group.sealed.capacity:
         return group.sealed.capacity
     coarse = max(0, min(required // 8 + 1, rows * _FINE_FROM // group.page_size - required))
-    slack = max(required // 64, coarse, group.headroom)
+    slack = max(required // 40 - 3, 1, coarse, group.headroom)
     bound = _expected_pages(group, rows)
     if bound is None:
         return required + slack

@@ -223,7 +223,8 @@ class LayerStorage:
         first, skip = divmod(stretch.slot - SEALED * self.page_size, self.page_size)
         pages = slice(first, first - (-(skip + stretch.length) // self.page_size))
         keys, values = (
-            SealedTokens(part.codes[:, pages], part.scales[:, pages], part.codec.bits) for part in self.parts
+            SealedTokens(part.codes[:, pages], part.scales[:, pages], part.codec.bits, part.codec.over_tokens)
+            for part in self.parts
         )
         return SealedSegment(keys, values, skip, stretch.length, query)
 
