@@ -6,6 +6,7 @@ The model is a tiny random Llama: that the code runs is tested, not what the mod
 from __future__ import annotations
 
 import copy
+import importlib.util
 import re
 from pathlib import Path
 
@@ -43,6 +44,16 @@ def test_readme_has_blocks_and_one_demo_table() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert len(BLOCK.findall(readme)) >= 4
     assert readme.count("<!-- demo-table -->") == readme.count("<!-- /demo-table -->") == 1
+
+
+def test_tables_of_figures_are_those_of_the_json() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    spec = importlib.util.spec_from_file_location("tables", ROOT / "benchmarks" / "tables.py")
+    assert spec is not None
+    assert spec.loader is not None
+    tables = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tables)
+    assert tables.filled(readme) == readme
 
 
 def test_links_to_files_of_this_repository_exist() -> None:

@@ -1,0 +1,98 @@
+"""The README's tables of measured figures, made from the JSON in `benchmarks/results`.
+
+`python benchmarks/tables.py` writes them between their markers; a test holds README and JSON together.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+README = ROOT / "README.md"
+
+
+def quality(data: dict[str, Any]) -> str:
+    """KL, agreement and perplexity of quantized caches against the dense model."""
+    lines = ["| cache | bits per value | KL (nats) | same top-1 | perplexity ratio |", "|---|---:|---:|---:|---:|"]
+    names = {
+        "int8": "`kv_bits=8`", "k8v4": '`kv_bits={"k": 8, "v": 4}`', "int4": "`kv_bits=4`", "int2": "`kv_bits=2`",
+        "hqq8": "transformers, hqq 8", "fp8": "transformers, fp8", "quanto4": "transformers, quanto 4",
+        "hqq4": "transformers, hqq 4", "quanto2": "transformers, quanto 2", "hqq2": "transformers, hqq 2",
+    }  # fmt: skip
+    rows = {row["cache"]: row for row in data["rows"]}
+    for key, name in names.items():
+        row = rows[key]
+        bits = row["bits_per_value_bf16"] or row["bits_per_value"]
+        lines.append(f"| {name} | {bits:.1f} | {row['kl']:.2g} | {100 * row['top1_agreement']:.1f}% | "
+                     f"{row['perplexity_ratio']:.{4 if row['perplexity_ratio'] < 10 else 1}f} |")  # fmt: skip
+    where = data["environment"]
+    return "\n".join(lines) + (
+        f"\n\nSmolLM2-135M-Instruct, fp32, {data['settings']['tokens']} tokens of real text read in chunks, so that "
+        "later tokens meet quantized\nhistory; bits with every scale and open page of a bf16 cache counted. "
+        f"{where['processor']}, transformers {where['versions']['transformers']}."
+    )
+
+
+def decode(data: dict[str, Any]) -> str:
+    """Milliseconds per token through `generate`."""
+    rows = {(row["context"], row["batch"], row["cache"]): row for row in data["decode"]}
+    points = [(2048, 1), (32768, 1), (131072, 1), (32768, 8)]
+    head = "| cache | " + " | ".join(f"{c // 1024} k" + (f", batch {b}" if b > 1 else "") for c, b in points) + " |"
+    lines = [head, "|---|" + "---:|" * len(points)]
+    names = {"ctx_paged": "`ctx_paged`, patched", "ctx_paged compiled": "same, `compile=True`",
+             "ctx_paged int8": "`kv_bits=8`", "ctx_paged int4": "`kv_bits=4`", "ctx_sink": "`ctx_sink` 4 + 1020",
+             "dynamic": "DynamicCache", "hqq4": "QuantizedCache hqq 4",
+             "static": "StaticCache"}  # fmt: skip
+    for key, name in names.items():
+        cells = [rows.get((context, batch, key)) for context, batch in points]
+        lines.append(f"| {name} | " + " | ".join("" if c is None else f"{c['ms']:.1f}" for c in cells) + " |")
+    return "\n".join(lines) + (
+        f"\n\nMilliseconds per token, Llama-3.1-8B shape, random bf16 weights, one {data['device']}, torch "
+        f"{data['torch']}, transformers {data['transformers']},\ncuDNN attention off; medians of one run."
+    )
+
+
+def fit(data: dict[str, Any]) -> str:
+    """Contexts on an emulated 8 GB card."""
+    lines = ["| cache | context | ms per token | peak GiB |", "|---|---:|---:|---:|"]
+    for row in data["fit"]:
+        if "tokens" in row:
+            flat = "flat" if row["flat"] else "not flat"
+            lines.append(f"| `ctx_sink`, a stream | {row['tokens']:,} ({flat}) | | {row['peak_gib']:.2f} |")
+        elif row["fits"]:
+            lines.append(f"| {row['cache']} | {row['fits']:,} | {row['ms']:.1f} | {row['peak_gib']:.2f} |")
+        else:
+            lines.append(f"| {row['cache']} | not {row['refused_at']:,} | | |")
+    card = data["card"]
+    return "\n".join(lines) + (
+        f"\n\nLlama-2-7B shape, nf4 weights ({card['weights_gib']:.2f} GiB), an allocator limit of "
+        f"{card['limit_gib']:.2f} GiB (8 GiB less the CUDA context) on one {data['device']};\ntrue prefill by "
+        "`generate`, the first context tried of each cache."
+    )
+
+
+TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
+    "quality-table": ("quality.json", quality),
+    "gpu-decode-table": ("gpu_decode.json", decode),
+    "gpu-fit-table": ("gpu_fit_8gb.json", fit),
+}
+
+
+def filled(text: str) -> str:
+    """`text` with every table between its markers made anew."""
+    for name, (file, table) in TABLES.items():
+        made = table(json.loads((RESULTS / file).read_text(encoding="utf-8")))
+        block = re.compile(rf"<!-- {name} -->\n.*?<!-- /{name} -->", re.DOTALL)
+        if not block.search(text):
+            raise ValueError(f"the README has no markers of {name}")
+        text = block.sub(lambda _, name=name, made=made: f"<!-- {name} -->\n{made}\n<!-- /{name} -->", text)
+    return text
+
+
+if __name__ == "__main__":
+    README.write_text(filled(README.read_text(encoding="utf-8")), encoding="utf-8")
