@@ -28,6 +28,9 @@ from .decode import MOST_VARIANTS, DecodeState, spans
 if TYPE_CHECKING:
     from .base import PageCache
 
+GROWTH = 32
+"""Sealed pages that a row of a replayed batch gets at once, where the length of its text is known."""
+
 
 def plan_step(cache: PageCache, batch: int) -> list[DecodeState]:
     """Plan a one-token step in all groups, and carry out what precedes it: copies of shared pages and sealing.
@@ -47,6 +50,8 @@ def plan_step(cache: PageCache, batch: int) -> list[DecodeState]:
     for group in context.groups:
         if len(group.storages) < len(group.layers):
             raise NotReplayable("a layer has stored nothing yet")
+        # Growth moves the pages and costs a new graph. What is known to come bounds it (see `capacity.py`).
+        group.headroom = 0 if group.expected is None else GROWTH * batch
         first = group.layers[0]
         keys, values = _like(group.storages[first], batch)
         if group.begins(first):

@@ -134,8 +134,12 @@ class DecodeGraph:
 
     def _run(self, cache: PageCache, step: Step, base: int, trusted: bool) -> Any:
         """The planned step as an ordinary run."""
-        with running(cache.context, trusted):
-            return self._forward(**step.arguments(step.ids, step.positions - base, cache))
+        try:
+            with running(cache.context, trusted):
+                return self._forward(**step.arguments(step.ids, step.positions - base, cache))
+        except NotReplayable as reason:
+            self._barred = str(reason)  # it is the model's way, and not to be tried at every step
+            raise
 
     def _capture(self, model: nn.Module, cache: PageCache, step: Step, base: int, key: tuple[Any, ...]) -> Capture:
         context, forward = cache.context, self._forward

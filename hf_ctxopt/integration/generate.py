@@ -92,7 +92,7 @@ def _continue(model: Any, given: Any, generation_config: Any, model_kwargs: dict
     check_holes(cache, mask, expected)
     for group in cache.groups:
         group.recording = False
-        group.expected = None
+        group.expected = expected if expected > cache.get_seq_length() else None
         if not group.seen:
             group.pads = padding_of(mask)
     _announce(cache, _prompt_length(mask, generation_config))

@@ -40,7 +40,7 @@ def with_slack(group: LayerGroup, rows: int, required: Pages, limit: Limit) -> P
     if group.codecs is None:
         capacity = required.open + required.open // 8 + 1
         bound = _expected_pages(group, rows)
-        if bound is not None:
+        if bound is not None and bound >= required.open:
             # Near the bound, take the bound itself: a full window then holds the same bytes however it was filled.
             near = required.open <= bound <= required.open + required.open // 2
             capacity = max(required.open, min(bound if near else capacity, bound))
@@ -67,10 +67,10 @@ def _sealed_with_slack(group: LayerGroup, rows: int, required: int) -> int:
     coarse = max(0, min(required // 8 + 1, rows * _FINE_FROM // group.page_size - required))
     slack = max(required // 40 - 3, 1, coarse, group.headroom)
     bound = _expected_pages(group, rows)
-    if bound is None:
-        return required + slack
     windowed = group.row_bound is not None and bound == group.row_bound * rows
-    bound -= rows * (group.codecs.open_first if group.codecs is not None else 0)
+    bound = None if bound is None else bound - rows * (group.codecs.open_first if group.codecs is not None else 0)
+    if bound is None or bound < required:  # the text has outgrown what was expected of it
+        return required + slack
     near = required <= bound <= required + (required // 2 if windowed else slack)
     return max(required, bound if near else min(required + slack, bound))
 
