@@ -76,15 +76,19 @@ def _processor_name() -> str:
 
 
 def git_commit() -> str:
-    """Returns the checked-out commit, with `-dirty` when files differ from it, or `unknown` outside git."""
+    """Returns the checked-out commit, with `-dirty` when files differ from it, or `unknown` outside git.
+
+    Results do not count: a script has often written some before it asks.
+    """
     try:
-        return _git("rev-parse", "HEAD") + ("-dirty" if _git("status", "--porcelain") else "")
+        changed = _git("status", "--porcelain", "--", ".", ":(exclude)benchmarks/results")
+        return _git("rev-parse", "HEAD") + ("-dirty" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
 
 
 def _git(*words: str) -> str:
-    command = ["git", "-C", str(RESULTS.parent), *words]
+    command = ["git", "-C", str(RESULTS.parents[1]), *words]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
