@@ -103,7 +103,9 @@ def _apply(model: Any, record: PatchRecord) -> None:
     if record.fused:
         model.set_attn_implementation(ATTENTION)
     if record.fused and record.graph:
-        model.forward = DecodeGraph(model, record.compiled, vars(model).get("forward"))
+        if record.forward is None:
+            record.forward = DecodeGraph(model, record.compiled, vars(model).get("forward"))
+        model.forward = record.forward
     record.moved = to_host(model, record.on_host)
     setattr(model, ATTRIBUTE, record)
 

@@ -23,6 +23,7 @@ class PatchRecord:
         compiled: whether the replayed body goes through `torch.compile`.
         on_host: what is asked to be in the host's memory (see `offload.py`).
         moved: what was moved there.
+        forward: what stands in the place of the model's `forward` (see `decode_graph.py`).
         attention: each config whose attention implementation was switched, and what it was.
     """
 
@@ -33,6 +34,7 @@ class PatchRecord:
     compiled: bool = False
     on_host: tuple[str, ...] = ()
     moved: list[HostPart] = field(default_factory=list)
+    forward: Any = None
     attention: list[tuple[Any, str | None]] = field(default_factory=list)
 
 

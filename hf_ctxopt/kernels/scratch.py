@@ -18,7 +18,7 @@ _kept = threading.local()
 
 
 def scratch(name: str, device: torch.device, *shape: int) -> Tensor:
-    """An uninitialised float32 tensor, at most `SCRATCH` large; good until the next call by that name."""
+    """An uninitialised float32 tensor of that shape, at most `SCRATCH` large; good until the next call so named."""
     size = 1
     for length in shape:
         size *= length

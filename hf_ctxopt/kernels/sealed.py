@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+_FEW = 1 << 18  # numbers up to which one slower pass over codes and scales beats two
 PIECE = 1 << 20  # codes unpacked at once, over all heads (4 MiB as floats)
 
 
@@ -43,14 +44,18 @@ class SealedTokens:
         if self.bits == 16:
             pages.copy_(self.codes)
             return
+        scale, zero = self.scales.to(out.dtype).unbind(2)
+        axis = 2 if self.over_tokens else 3
+        scale, zero = scale.unsqueeze(axis), zero.unsqueeze(axis)
+        if self.bits == 8 and out.numel() < _FEW:
+            torch.mul(self.codes, scale, out=pages).add_(zero)
+            return
         planes = pages.chunk(8 // self.bits, dim=-1)
         last = 8 - self.bits
         for shift, plane in zip(range(0, 8, self.bits), planes, strict=True):
             codes = self.codes if shift == 0 else self.codes >> shift
             plane.copy_(codes if shift == last else codes & (2**self.bits - 1))
-        scale, zero = self.scales.to(out.dtype).unbind(2)
-        axis = 2 if self.over_tokens else 3
-        pages.mul_(scale.unsqueeze(axis)).add_(zero.unsqueeze(axis))
+        pages.mul_(scale).add_(zero)
 
     def _pieces(self) -> list[slice]:
         """Cuts of the pages; one where they are few."""
