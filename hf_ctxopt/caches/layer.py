@@ -14,6 +14,7 @@ from ..pages.admission import admit
 from ..pages.carry_out import carry_out
 from ..pages.group import LayerGroup
 from ..pages.integrity import check
+from ..pages.rows import Stretch
 from .context import CacheContext, debugging
 from .handle import KVHandle
 from .view import StepView
@@ -101,6 +102,9 @@ class PageLayer(CacheLayerMixin):
         )  # fmt: skip
         if not plan.in_place:
             view.old = [[(stretch, *storage.read(stretch, copy=True)) for stretch in row.before] for row in plan.rows]
+        for fill in plan.fills:
+            held = Stretch(fill.page * group.page_size, 0, group.page_size - fill.length)
+            view.begun[fill.row] = storage.read(held, copy=True)
         view.stored = storage.turned(key_states.detach(), value_states.detach())
         carry_out(plan, self.index, storage, *view.stored)
         group.finish(self.index)
