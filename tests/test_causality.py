@@ -24,6 +24,8 @@ CHUNKS = [7, 16, TOKENS]
 CACHES: dict[str, tuple[str, dict[str, Any]]] = {
     "paged": ("ctx_paged", {"page_size": 4}),
     "sink": ("ctx_sink", {"sinks": 4, "window": 20, "page_size": 8}),
+    "paged_int4": ("ctx_paged", {"page_size": 4, "kv_bits": 4}),
+    "sink_int2": ("ctx_sink", {"sinks": 4, "window": 20, "page_size": 8, "kv_bits": 2, "seal_sinks": True}),
     "sink_discard": ("ctx_sink", {"sinks": 3, "window": 20, "n_discard": 8, "page_size": 4}),
 }
 EVERYWHERE = ["llama", "mistral", "gemma2", "gemma3", "phi", "gpt2", "cohere", "gpt_oss", "glm", "mimo_v2_flash"]

@@ -91,13 +91,20 @@ def _stretches(view: StepView, index: int, row: RowStep) -> Iterator[tuple[Stret
     if view.old is not None:
         yield from view.old[index]
     else:
-        for stretch in row.after:
-            length = min(stretch.length, row.start - stretch.token)
-            most = piece_tokens(view) if stretch.sealed(view.storage.page_size) else length
-            for start in range(0, length, max(1, most)):
-                part = Stretch(stretch.slot + start, stretch.token + start, min(most, length - start))
-                yield part, *view.storage.read(part)
+        for held in row.after:
+            if held.token < row.start:
+                past = Stretch(held.slot, held.token, min(held.length, row.start - held.token))
+                for stretch, states in view.not_encoded(index, row, past):
+                    yield from _pages(view, stretch) if states is None else [(stretch, *states)]
     first = view.plan.queries - (row.stop - row.start)
     new = Stretch(-1, row.start, row.stop - row.start)
     keys, values = view.stored if row.start and view.stored is not None else (view.keys, view.values)
     yield new, keys[index, :, first:], values[index, :, first:]
+
+
+def _pages(view: StepView, stretch: Stretch) -> Iterator[tuple[Stretch, Tensor, Tensor]]:
+    """A stretch of pages; sealed ones are decoded piece by piece."""
+    most = piece_tokens(view) if stretch.sealed(view.storage.page_size) else stretch.length
+    for start in range(0, stretch.length, most):
+        part = Stretch(stretch.slot + start, stretch.token + start, min(most, stretch.length - start))
+        yield part, *view.storage.read(part)

@@ -51,6 +51,8 @@ class StepView:
         facts: how the model rotates; `None` where keys carry no rotation.
         model_window: the model's own mask says all there is to say about this layer's window.
         old: per row, copies of the tokens held before, for a step that is not in place.
+        begun: per row whose begun page the step fills and encodes, K and V `(kv_heads, tokens, head_dim)` of the
+            tokens that page held: the step's queries must not read them back through scales that later tokens decide.
         stored: `keys` and `values` in the basis of the pages (see `pages/rotation.py`); themselves if it is the
             model's.
         decode: device state that kernels read this one-token step from; `None` where plain torch reads the pages.
@@ -68,6 +70,7 @@ class StepView:
     facts: RotaryFacts | None
     model_window: bool = False
     old: list[list[tuple[Stretch, Tensor, Tensor]]] | None = None
+    begun: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     stored: tuple[Tensor, Tensor] | None = None
     decode: DecodeState | None = None
     written: bool = True
@@ -166,14 +169,34 @@ class StepView:
             stop = row.start if self.plan.sealing else row.stop
             for held in row.after:
                 if held.token < stop:
-                    stretch = Stretch(held.slot, held.token, min(held.length, stop - held.token))
-                    lazy = self.plan.queries == 1 and stretch.sealed(self.storage.page_size)
-                    pieces.append((stretch, None if lazy else self.storage.read(stretch)))
+                    whole = Stretch(held.slot, held.token, min(held.length, stop - held.token))
+                    for stretch, states in self.not_encoded(index, row, whole):
+                        lazy = self.plan.queries == 1 and stretch.sealed(self.storage.page_size)
+                        pieces.append((stretch, states or (None if lazy else self.storage.read(stretch))))
         if self.old is not None or not row.start or self.plan.sealing:
             first = self.plan.queries - (row.stop - row.start)
             new = Stretch(-1, row.start, row.stop - row.start)
             keys, values = self.stored if row.start and self.stored is not None else (self.keys, self.values)
             pieces.append((new, (keys[index, :, first:], values[index, :, first:])))
+        return pieces
+
+    def not_encoded(
+        self, index: int, row: RowStep, stretch: Stretch
+    ) -> list[tuple[Stretch, tuple[Tensor, Tensor] | None]]:
+        """Cut the tokens of `begun` out of a stretch: pieces in text order, with K and V where they are such."""
+        begun = self.begun.get(index)
+        first = row.start - (begun[0].shape[1] if begun is not None else 0)
+        end = stretch.token + stretch.length
+        low, high = max(stretch.token, first), min(end, row.start)
+        if begun is None or low >= high:
+            return [(stretch, None)]
+        keys, values = (part[:, low - first : high - first] for part in begun)
+        pieces: list[tuple[Stretch, tuple[Tensor, Tensor] | None]] = []
+        if stretch.token < low:
+            pieces.append((Stretch(stretch.slot, stretch.token, low - stretch.token), None))
+        pieces.append((Stretch(-1, low, high - low), (keys, values)))
+        if high < end:
+            pieces.append((Stretch(stretch.slot + high - stretch.token, high, end - high), None))
         return pieces
 
     def cut(self, row: RowStep, stretch: Stretch) -> list[tuple[int, int, int, bool]]:
@@ -290,9 +313,10 @@ class StepView:
         joined = [like.new_zeros(*like.shape[:2], self.length, like.shape[-1]) for like in (self.keys, self.values)]
         for index, stretches in enumerate(rows):
             column = self.length - sum(stretch.length for stretch in stretches)
-            for stretch in stretches:
+            row = self.plan.rows[index]
+            for stretch, states in (piece for held in stretches for piece in self.not_encoded(index, row, held)):
                 stop = column + stretch.length
-                for target, part in zip(joined, self.storage.read(stretch), strict=True):
+                for target, part in zip(joined, states or self.storage.read(stretch), strict=True):
                     target[index, :, column:stop] = part
                 column = stop
         keys, values = self.storage.plain(*joined)

@@ -146,11 +146,29 @@ def test_quantized_history_is_decoded_in_bounded_pieces(monkeypatch: pytest.Monk
     view = SimpleNamespace(
         old=None, stored=None, storage=SimpleNamespace(page_size=4, read=decode), plan=SimpleNamespace(queries=6),
         keys=torch.zeros(1, 2, 6, 8), values=torch.zeros(1, 2, 6, 8),
+        not_encoded=lambda index, row, stretch: [(stretch, None)],
     )  # fmt: skip
     found = [stretch for stretch, _, _ in pieces._stretches(view, 0, row)]
     assert [(part.token, part.length) for part in found] == [(0, 4), (4, 16), (20, 16), (36, 8), (44, 6), (50, 6)]
     assert found[:-1] == read
     assert read[2].slot == SEALED * 4 + 24
+
+
+@pytest.mark.parametrize("cache", ["ctx_paged", "ctx_sink"])
+def test_a_page_that_a_chunk_fills_tells_nothing_of_its_later_tokens(cache: str, served: list[int]) -> None:
+    """Its scales are found over all its tokens, the chunk's last ones included."""
+    model = build("llama")
+    settings = {"page_size": 16, "kv_bits": 2, **({"window": 60} if cache == "ctx_sink" else {})}
+    logits = []
+    for last in (5, 90):
+        text = TEXT[None, :40].clone()
+        text[0, 31] = last
+        with routed("fused", model, cache, **settings):
+            held = hf_ctxopt.make_cache(model, cache, **settings)
+            feed(model, text[:, :21], held, 21)
+            logits.append(feed(model, text[:, 21:32], held, 11))
+    assert served
+    assert torch.equal(logits[0][:, :-1], logits[1][:, :-1])
 
 
 @pytest.mark.parametrize("options", [{"n_discard": 5}, {}], ids=["jumps", "hole"])
