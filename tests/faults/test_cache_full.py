@@ -127,7 +127,7 @@ def test_forks_that_no_longer_fit_are_refused_before_anything_is_copied(route: s
         scene.model(IDS[:, :10], past_key_values=cache)
         cache.batch_repeat_interleave(3)
         was = cache.stats()
-        assert was["pages"] == {"total": 4, "used": 3, "shared": 3}
+        assert was["pages"] == {"total": 4, "used": 3, "shared": 3, "open": 3, "sealed": 0}
         with pytest.raises(CacheFullError) as caught:
             scene.model(IDS[:, 10:11].expand(3, 1), past_key_values=cache)
         assert (caught.value.needed, caught.value.room) == (20, 16)
