@@ -147,6 +147,8 @@ SCENES = [
     Scene(name="sink_shift", cache="ctx_sink", options={**LONG_SINK, "n_discard": 0}, new=20),
     Scene(name="sink_lookup", cache="ctx_sink", options={**LONG_SINK, "page_size": 1},
           first_call={"prompt_lookup_num_tokens": 6}, new=24),
+    Scene(name="paged_int8", options={"page_size": 2, "kv_bits": 8}),
+    Scene(name="sink_int4_dense", route="dense", cache="ctx_sink", options={**LONG_SINK, "kv_bits": 4}, prompt=40),
     Scene(name="gemma3_paged", family="gemma3", options={"page_size": 4}),
     Scene(name="gemma3_sink_dense", family="gemma3", route="dense", cache="ctx_sink", options=LONG_SINK, prompt=7),
 ]  # fmt: skip
