@@ -97,9 +97,11 @@ def test_nor_in_padded_rows_of_a_hybrid(kind: str, route: str) -> None:
 
 
 @pytest.mark.parametrize("chunk", CHUNKS)
-@pytest.mark.parametrize("family", [name for name in FAMILIES if not FAMILIES[name].encoder_decoder])
+@pytest.mark.parametrize(
+    "family", [name for name in FAMILIES if not FAMILIES[name].encoder_decoder and name != "doge"]
+)
 def test_dynamic_cache_has_no_leak(family: str, chunk: int) -> None:
-    """Control: the check passes where nothing of ours runs."""
+    """Control: the check passes where nothing of ours runs. (Doge's own mask leaks on transformers 5.17.)"""
     model = model_for(family, "reference")
     logits = feed(model, _rows(0)[0], DynamicCache(config=model.config), chunk)
     assert _leak(logits) < 1e-5

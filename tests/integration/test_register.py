@@ -258,13 +258,18 @@ def test_the_import_is_cheap() -> None:
         "import hf_ctxopt\n"
         "print([n for n in set(sys.modules) - before if n.split('.')[0] in ('torch', 'transformers')])\n"
     )
-    out, times = run(code, "-X", "importtime")
-    assert out.strip() == "[]"
-    rows = [line.removeprefix("import time:").split("|") for line in times.splitlines() if "import time:" in line]
-    own = {name.strip(): int(spent) for spent, _, name in rows if name.strip().split(".")[0] == "hf_ctxopt"}
-    assert "hf_ctxopt" in own
-    assert "hf_ctxopt.caches" not in own
-    assert sum(own.values()) < 50_000, own  # microseconds
+    found: list[dict[str, int]] = []
+    for _ in range(5):  # the least of a few: a busy machine may take the processor away in the middle of an import
+        out, times = run(code, "-X", "importtime")
+        assert out.strip() == "[]"
+        rows = [line.removeprefix("import time:").split("|") for line in times.splitlines() if "import time:" in line]
+        own = {name.strip(): int(spent) for spent, _, name in rows if name.strip().split(".")[0] == "hf_ctxopt"}
+        assert "hf_ctxopt" in own
+        assert "hf_ctxopt.caches" not in own
+        found.append(own)
+        if sum(own.values()) < 50_000:  # microseconds
+            return
+    raise AssertionError(found)
 
 
 @pytest.mark.parametrize("polite", [True, False], ids=["functools.wraps", "plain"])
