@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import os
 from collections import Counter
@@ -45,6 +46,7 @@ class CacheContext:
         decoders: device state of one-token steps, by group and device.
         captured: the decode graph of this cache, if there is one (see `integration/decode_graph.py`).
         warmed: the key of the step whose kernels have run once and may be captured.
+        barred: why this cache's steps are not captured.
         planned: the model runs a step that was planned before (see `planned.py`).
         trusted: its masks are not asked.
     """
@@ -58,8 +60,22 @@ class CacheContext:
     decoders: dict[tuple[LayerGroup, torch.device], DecodeState] = field(default_factory=dict)
     captured: Any = None
     warmed: Any = None
+    barred: str | None = None
     planned: bool = False
     trusted: bool = False
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> CacheContext:
+        """A copy for a copied cache of the same model: the config is the model's own, a graph is not copied."""
+        memo.setdefault(id(self.config), self.config)
+        twin = CacheContext(memo[id(self.config)])
+        memo[id(self)] = twin
+        for name in ("ledger", "groups", "steps", "fallbacks", "graph", "decoders"):
+            setattr(twin, name, copy.deepcopy(getattr(self, name), memo))
+        return twin
+
+    def forget_graph(self) -> None:
+        """The next one-token steps capture anew: the model may have changed, or the pages are gone."""
+        self.captured = self.warmed = self.barred = None
 
     @property
     def fused(self) -> bool:

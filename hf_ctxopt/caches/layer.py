@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
-from ..errors import ConfigError
+from ..errors import ConfigError, InterruptedStepError
 from ..kernels.dispatch import decode_kernels
 from ..kernels.rotate import RotaryFacts
 from ..pages.admission import admit
@@ -116,10 +117,10 @@ class PageLayer(CacheLayerMixin):
         if view.decode is None:
             view.stored = storage.turned(key_states.detach(), value_states.detach())
             carry_out(plan, self.index, storage, *view.stored)
-        else:  # the kernels write the new states when they attend
-            view.written = False
+            group.finish(self.index)
+        else:  # the kernels write the new states when they attend, and only then has the layer done its part
+            view.written, view.on_written = False, partial(group.finish, self.index)
             prepare(plan, self.index, storage)
-        group.finish(self.index)
         self.is_initialized = True
         if self.index == 0 or self._leads:
             self.context.steps["fused" if fused else "dense"] += self._leads
@@ -176,6 +177,8 @@ class PageLayer(CacheLayerMixin):
         if self._leads:
             self.group.reset()
             self.context.ledger.crop(0)
+            self.context.forget_graph()
+            self.context.decoders.clear()
 
     def crop(self, tokens_to_remove: int) -> None:
         """Take the last `-tokens_to_remove` tokens back.
@@ -195,15 +198,31 @@ class PageLayer(CacheLayerMixin):
         self.batch_select_indices(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Every row `repeats` times, side by side."""
+        """Every row `repeats` times, side by side.
+
+        Raises:
+            InterruptedStepError: an earlier forward pass stopped between two layers.
+        """
+        self._require_whole()
         if self._leads and self.group.rows:
             self.group.select([row for row in range(len(self.group.rows)) for _ in range(repeats)])
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Keep the named rows, in that order."""
+        """Keep the named rows, in that order.
+
+        Raises:
+            InterruptedStepError: an earlier forward pass stopped between two layers.
+        """
+        self._require_whole()
         if self._leads and self.group.rows:
             rows = torch.arange(len(self.group.rows))[indices.cpu()]
             self.group.select(rows.tolist())
+
+    def _require_whole(self) -> None:
+        if self.group.plan is not None:
+            raise InterruptedStepError(
+                "an earlier forward pass stopped between two layers; call cache.settle() before its rows are changed"
+            )
 
     def offload(self) -> None:
         """Pages stay where they are; transformers' own offloading is not used by these caches."""

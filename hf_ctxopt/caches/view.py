@@ -57,6 +57,7 @@ class StepView:
             model's.
         decode: device state that kernels read this one-token step from; `None` where plain torch reads the pages.
         written: whether the new states are in the pages; the kernels store them together with the attention.
+        on_written: called once they are.
         planned: the step must run on kernels alone; a detour raises `NotReplayable`.
         trusted: the masks are known to show everything the pages hold.
     """
@@ -74,6 +75,7 @@ class StepView:
     stored: tuple[Tensor, Tensor] | None = None
     decode: DecodeState | None = None
     written: bool = True
+    on_written: Callable[[], None] | None = None
     planned: bool = False
     trusted: bool = False
 
@@ -85,7 +87,13 @@ class StepView:
             raise NotReplayable("a layer's mask hides held tokens, or the model reads cached states by itself")
         self.stored = self.storage.turned(self.keys.detach(), self.values.detach())
         write(self.plan, self.storage, *self.stored)
+        self._done()
+
+    def _done(self) -> None:
         self.written = True
+        if self.on_written is not None:
+            self.on_written()
+            self.on_written = None
 
     @property
     def length(self) -> int:
@@ -114,9 +122,10 @@ class StepView:
             `(batch, heads, queries, value_dim)`; zeros in padding columns.
         """
         if self.decode is not None and (self.trusted or self._shows_all(mask)):
-            self.written = True
             states = self.keys.detach(), self.values.detach()
-            return self.decode.attend(query, *states, self.storage, self.facts, scaling, softcap, sink_logits)
+            out = self.decode.attend(query, *states, self.storage, self.facts, scaling, softcap, sink_logits)
+            self._done()
+            return out
         self.store()
         rows = []
         for index, row in enumerate(self.plan.rows):

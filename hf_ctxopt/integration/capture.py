@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from .compat import CACHE_NAMES
 
@@ -25,7 +26,10 @@ class Capture:
     """
 
     def __init__(self, graph: Any, ids: Tensor, positions: Tensor, output: Any, key: tuple[Any, ...]) -> None:
-        self._graph, self._ids, self._positions, self._output, self.key = graph, ids, positions, output, key
+        self._graph, self._ids, self._positions, self.key = graph, ids, positions, key
+        # The cache holds its graph; a graph that held its cache would keep both alive.
+        self._kind, self._caches = type(output), [name for name in output if name in CACHE_NAMES]
+        self._fields = {name: value for name, value in output.items() if name not in CACHE_NAMES}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
         return None  # a copied cache has other storages
@@ -45,11 +49,8 @@ class Capture:
         self._ids.copy_(ids)
         self._positions.copy_(positions - base if base else positions)
         self._graph.replay()
-        fields = {
-            name: cache if name in CACHE_NAMES else value.clone() if isinstance(value, Tensor) else value
-            for name, value in self._output.items()
-        }
-        return type(self._output)(**fields)
+        fields = tree_map_only(Tensor, Tensor.clone, self._fields)
+        return self._kind(**fields, **dict.fromkeys(self._caches, cache))
 
 
 def capture(
@@ -70,18 +71,19 @@ def capture(
     with torch.inference_mode(False):
         held_ids, held_positions = ids.clone(), positions.expand(ids.shape[0], 1).clone()
     graph = torch.cuda.CUDAGraph()
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream), _no_collection():
-        if warm:
-            body(held_ids, held_positions)
-            torch.cuda.synchronize()
-        graph.capture_begin(capture_error_mode="thread_local")
-        try:
-            output = body(held_ids, held_positions)
-        finally:
-            graph.capture_end()
-    torch.cuda.current_stream().wait_stream(stream)
+    with torch.cuda.device(ids.device), _no_collection():
+        stream, current = torch.cuda.Stream(), torch.cuda.current_stream()
+        stream.wait_stream(current)
+        with torch.cuda.stream(stream):
+            if warm:
+                body(held_ids, held_positions)
+                torch.cuda.synchronize()
+            graph.capture_begin(capture_error_mode="thread_local")
+            try:
+                output = body(held_ids, held_positions)
+            finally:
+                graph.capture_end()
+        current.wait_stream(stream)
     return Capture(graph, held_ids, held_positions, output, key)
 
 

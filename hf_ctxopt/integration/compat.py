@@ -16,6 +16,7 @@ from ..errors import CompatibilityError
 
 PREPARE_CACHE = "_prepare_cache_for_generation"
 _PREPARE_ARGUMENTS = ("generation_config", "model_kwargs", "generation_mode", "batch_size", "max_cache_length")
+OUTPUT_HOOKS = "transformers.utils.output_capturing"  # module of the hooks behind `output_hidden_states` and its like
 CACHE_NAMES = ("cache", "past_key_values")  # since transformers 5.24, and before it
 _LAYER_METHODS = ("update", "get_mask_sizes", "get_seq_length", "get_max_length", "reset", "reorder_cache")
 

@@ -88,6 +88,7 @@ def _continue(model: Any, given: Any, generation_config: Any, model_kwargs: dict
     if cache is None:
         return
     cache.settle()
+    cache.context.forget_graph()  # adapters, hooks or weights may have changed between the calls
     mask = model_kwargs.get("decoder_attention_mask" if model.config.is_encoder_decoder else "attention_mask")
     check_holes(cache, mask, expected)
     for group in cache.groups:

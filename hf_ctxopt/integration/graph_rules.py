@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..caches.base import PageCache
-from .compat import CACHE_NAMES
+from .compat import CACHE_NAMES, OUTPUT_HOOKS
 from .positions import rebase_positions
 from .rope import decoder_of, takes_positions
 
@@ -55,7 +55,9 @@ def named_arguments(signature: Signature, args: tuple[Any, ...], kwargs: dict[st
         bound = signature.bind_partial(*args, **kwargs)
     except TypeError:
         return {}
-    return {**bound.arguments, **bound.arguments.pop("kwargs", {})}
+    more = next((name for name, part in signature.parameters.items() if part.kind is part.VAR_KEYWORD), "")
+    rest = bound.arguments.pop(more, {})
+    return {**bound.arguments, **rest}
 
 
 def read_step(cache: PageCache, given: dict[str, Any]) -> Step | str:
@@ -69,7 +71,9 @@ def read_step(cache: PageCache, given: dict[str, Any]) -> Step | str:
             continue
         if name in _IGNORED and bool(value) == _IGNORED[name]:
             continue
-        if isinstance(value, bool) and name not in _IGNORED:
+        if name.startswith("output_") and not value:
+            continue
+        if isinstance(value, bool) and name not in _IGNORED and not name.startswith("output_"):
             extra.append((name, value))
             continue
         return f"the argument {name}"
@@ -83,13 +87,16 @@ def read_step(cache: PageCache, given: dict[str, Any]) -> Step | str:
     if positions.dim() != 2:
         return f"position_ids of {positions.dim()} dimensions"
     name = next(name for name in CACHE_NAMES if given.get(name) is not None)
-    plain = None if mask is None else _only_padding(mask, cache.context.groups[0].pads)
+    pads = [row.pad for row in cache.context.groups[0].rows]
+    if given.get("position_ids") is None and any(pads):
+        return "padding without position_ids"  # some models work positions out from the mask
+    plain = None if mask is None else _only_padding(mask, pads)
     return Step(ids, positions, name, tuple(sorted(extra)), plain)
 
 
-def _only_padding(mask: Tensor, pads: Sequence[int] | None) -> Tensor:
+def _only_padding(mask: Tensor, pads: Sequence[int]) -> Tensor:
     """Whether the mask `(batch, columns)` hides each row's first `pads` columns and nothing else, on its device."""
-    if pads is None or not any(pads):
+    if not any(pads):
         return mask.all()
     first = torch.tensor(pads).to(mask.device, non_blocking=True)[:, None]
     return ((torch.arange(mask.shape[1], device=mask.device) >= first) == mask.bool()).all()
@@ -102,19 +109,24 @@ def refusal(model: nn.Module) -> str | None:
     kinds = set(getattr(text, "layer_types", None) or []) - _LAYERS
     if kinds or getattr(text, "attention_chunk_size", None):
         return f"layers of type {', '.join(sorted(kinds)) or 'chunked_attention'}"
+    if getattr(model, "rope_deltas", None) is not None or hasattr(decoder_of(model), "rope_deltas"):
+        return f"{type(model).__name__} works out positions of its own"
     if not takes_positions(decoder_of(model)):
         return f"{type(model).__name__} takes no position_ids"
     devices = {str(part.device) for part in model.parameters()}
     if len(devices) > 1:
         return f"the model lies on {', '.join(sorted(devices))}"
-    if model.training:
-        return "the model is in training mode"
     for name, module in model.named_modules():
         hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
         moves = getattr(module, "_hf_hook", None)
-        if any(hook is not rebase_positions for hook in hooks) or not _stays(moves, devices):
+        if not all(map(_harmless, hooks)) or not _stays(moves, devices):
             return f"a hook on {name or type(model).__name__}"
     return None
+
+
+def _harmless(hook: Any) -> bool:
+    """Our own hook, or one of those that transformers leaves behind and that wait for somebody to ask for outputs."""
+    return hook is rebase_positions or getattr(hook, "__module__", None) == OUTPUT_HOOKS
 
 
 def _stays(hook: Any, devices: set[str]) -> bool:

@@ -100,7 +100,7 @@ def check_parts(model: Any, names: tuple[str, ...]) -> None:
             )
 
 
-def to_host(model: Any, names: tuple[str, ...]) -> list[HostPart]:
+def to_host(model: Any, names: tuple[str, ...], moved: list[HostPart]) -> None:
     """Move the named parts, and hook them so that the model goes on as before.
 
     An embedding and a head that are one matrix move together or stay together: the GPU needs the matrix as long as one
@@ -109,28 +109,24 @@ def to_host(model: Any, names: tuple[str, ...]) -> list[HostPart]:
     Args:
         model: a transformers model that `check_parts` passed.
         names: of `PARTS`.
-
-    Returns:
-        What was moved, for `from_host`; nothing for a model that is on the host already.
+        moved: is told of every part as it is moved, for `from_host`; of none in a model that is on the host already.
     """
     device = compute_device(model)
     if not names or device == HOST:
-        return []
+        return
     if _tied(model) and len(names) < len(PARTS):
         logger.warning(
             "%s: embedding and head are one matrix; it stays on %s unless on_host names both",
             type(model).__name__,
             device,
         )
-        return []
-    moved = []
+        return
     for name in names:
         module = _module(model, name)
         moved.append(HostPart(name, device, _list_last(model, module) if name == "embedding" else None))
         _move(module, HOST)
         module.register_forward_pre_hook(_Enter())
         module.register_forward_hook(_Leave(device))
-    return moved
 
 
 def from_host(model: Any, parts: list[HostPart]) -> None:

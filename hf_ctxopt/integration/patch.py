@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from types import MethodType
 from typing import Any, TypeVar
 
 from torch import nn
@@ -56,12 +57,19 @@ def patch_model(
     if not isinstance(inner, PreTrainedModel) or not inner.can_generate():
         raise UnsupportedModelError(f"{type(inner).__name__} is not a transformers model with generate()")
     check_parts(inner, parts)
+    before = record_of(inner)
     unpatch_model(model)
     register()
     record = PatchRecord(cache, parsed, fused=_can_fuse(inner), graph=graph, compiled=compile, on_host=parts)
     if record.fused:
         record.attention = [(config, config._attn_implementation_internal) for config in _configs(inner)]
-    _apply(inner, record)
+    try:
+        _apply(inner, record)
+    except BaseException:  # memory that is short, an interrupt: the model is left as it was
+        unpatch_model(model)
+        if before is not None:
+            _apply(inner, before)
+        raise
     return model
 
 
@@ -76,6 +84,9 @@ def unpatch_model(model: _Model) -> _Model:
     if record is not None:
         for config, implementation in record.attention:
             config._attn_implementation_internal = implementation
+        hooked = vars(inner).get("_old_forward")
+        if isinstance(hooked, DecodeGraph):  # accelerate's hooks were added later
+            vars(inner)["_old_forward"] = hooked.before or MethodType(type(inner).forward, inner)
         graph = vars(inner).get("forward")
         if isinstance(graph, DecodeGraph):
             del inner.forward
@@ -100,14 +111,15 @@ def patched(model: _Model, cache: str = "ctx_paged", **options: Any) -> Iterator
 
 
 def _apply(model: Any, record: PatchRecord) -> None:
+    setattr(model, ATTRIBUTE, record)  # first: whatever follows can then be undone
     if record.fused:
         model.set_attn_implementation(ATTENTION)
     if record.fused and record.graph:
         if record.forward is None:
             record.forward = DecodeGraph(model, record.compiled, vars(model).get("forward"))
         model.forward = record.forward
-    record.moved = to_host(model, record.on_host)
-    setattr(model, ATTRIBUTE, record)
+    record.moved = []
+    to_host(model, record.on_host, record.moved)
 
 
 def _can_fuse(model: PreTrainedModel) -> bool:

@@ -81,6 +81,7 @@ def _within(capacity: int, most: int | None) -> int:
 
 def resize(group: LayerGroup, capacity: Pages) -> None:
     """Grow to `capacity` pages. The pools grow last: if an allocation fails, some storages are merely larger."""
+    group.storage_version += 1
     for storage in group.storages.values():
         storage.resize(max(capacity.open, storage.capacity), max(capacity.sealed, storage.sealed_capacity))
     group.pool.resize(max(capacity.open, group.pool.capacity))
@@ -129,6 +130,7 @@ def compact_open(group: LayerGroup, capacity: int) -> None:
     except (MemoryError, torch.OutOfMemoryError) as error:
         logger.warning("no memory to move %d pages together; a larger storage stays: %s", len(order), error)
         return
+    group.storage_version += 1
     for layer, (keys, values) in smaller.items():
         group.storages[layer].keys, group.storages[layer].values = keys, values
     group.pool = PagePool(capacity)
@@ -143,6 +145,7 @@ def _compact_sealed(group: LayerGroup, capacity: int) -> None:
     except (MemoryError, torch.OutOfMemoryError) as error:
         logger.warning("no memory to move %d pages together; a larger storage stays: %s", len(order), error)
         return
+    group.storage_version += 1
     for layer, parts in smaller.items():
         for part, (codes, scales) in zip(group.storages[layer].parts, parts, strict=True):
             part.codes, part.scales = codes, scales

@@ -18,23 +18,25 @@ def carry_out(plan: StepPlan, layer: int, storage: LayerStorage, keys: Tensor, v
         keys: the step's key states in the basis of the pages, `(batch, kv_heads, seq, key_dim)`.
         values: its value states, `(batch, kv_heads, seq, value_dim)`.
     """
-    if plan.seals or plan.fills:
+    if layer not in plan.encoded:
         storage.seal(plan.seals)
         for fill in plan.fills:
             part = slice(fill.column, fill.column + fill.length)
             storage.fill(fill.page, fill.sealed, keys[fill.row, :, part], values[fill.row, :, part])
+        storage.copy_pages(plan.copies)
         plan.encoded.add(layer)
-    storage.copy_pages(plan.copies)
     write(plan, storage, keys, values)
 
 
 def prepare(plan: StepPlan, layer: int, storage: LayerStorage) -> None:
-    """What precedes the writes of a one-token step, whose states arrive later (see `caches/decode.py`)."""
-    if plan.seals:
+    """What precedes the writes of a one-token step, whose states arrive later (see `caches/decode.py`).
+
+    Once only: an open page that was sealed may have been taken again and written when a step is run a second time.
+    """
+    if layer not in plan.encoded:
         storage.seal(plan.seals)
-        plan.encoded.add(layer)
-    if plan.copies:
         storage.copy_pages(plan.copies)
+        plan.encoded.add(layer)
 
 
 def write(plan: StepPlan, storage: LayerStorage, keys: Tensor, values: Tensor) -> None:

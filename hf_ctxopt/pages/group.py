@@ -62,6 +62,7 @@ class LayerGroup:
 
     Attributes:
         table_version: grows whenever a row's pages change; between two equal values a copy of the table is good.
+        storage_version: grows whenever a layer's storage lies elsewhere.
         headroom: least number of sealed pages that growth adds at once; larger for whoever must not see it often.
     """
 
@@ -82,7 +83,7 @@ class LayerGroup:
         self.before_eviction = before_eviction
         self.codecs = codecs
         self.pool, self.sealed = PagePool(), PagePool(first=SEALED)
-        self.table_version = self.headroom = 0
+        self.table_version = self.storage_version = self.headroom = 0
         self.rows: list[Row] = []
         self.storages: dict[int, LayerStorage] = {}
         self.progress: dict[int, int] = dict.fromkeys(self.layers, 0)
@@ -197,6 +198,7 @@ class LayerGroup:
                 self.storages[layer] = LayerStorage(
                     keys, values, self.page_size, self.pool.capacity, self.codecs, self.sealed.capacity
                 )
+                self.storage_version += 1
             except BaseException:
                 self.settle()
                 raise
@@ -377,6 +379,7 @@ class LayerGroup:
         """Forget everything and give the memory back."""
         self.pool, self.sealed, self.rows, self.storages = PagePool(), PagePool(first=SEALED), [], {}
         self.table_version += 1
+        self.storage_version += 1
         self.evicted_pages, self.pads = 0, None  # the padding was that of the text which is forgotten
         self.recording = self._late = False
         self.announced = 0

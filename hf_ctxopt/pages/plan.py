@@ -98,7 +98,7 @@ class StepPlan:
         fills: begun open pages that the step fills, encoded next.
         copies: pages to copy before writing, `(source, target)`: copy-on-write.
         writes: where the new tokens go.
-        encoded: layers that have carried out `seals` and `fills` (the open pages may be overwritten after that).
+        encoded: layers that have carried out `seals`, `fills` and `copies` (the pages may be overwritten after that).
         memo: what the layers derive from the plan and share (index tensors, masks); gone with the plan.
         dense_before: columns of old tokens that the dense route presents, right-aligned.
     """

@@ -6,6 +6,8 @@ every head: a stretch of them is a plain `(kv_heads, tokens, head_dim)` view, re
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -89,7 +91,8 @@ class LayerStorage:
     @property
     def sealed_bytes(self) -> int:
         """Bytes of one sealed page's K and V, scales included."""
-        return sum(t[:1, :1].numel() * t.shape[0] * t.element_size() for part in self.parts for t in part.tensors)
+        tensors = [tensor for part in self.parts for tensor in part.tensors]  # of which there may be no page yet
+        return sum(t.shape[0] * math.prod(t.shape[2:]) * t.element_size() for t in tensors)
 
     def resize(self, capacity: int, sealed: int = 0) -> None:
         """Allocate `capacity` open and `sealed` sealed pages and keep the contents of those that remain.

@@ -7,8 +7,10 @@ recorded run. `CTXOPT_DEBUG=1` compares each replay with an eager run of the sam
 from __future__ import annotations
 
 import copy
+import gc
 import inspect
 import pickle
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -100,7 +102,9 @@ def test_assisted_steps_share_the_cache_with_replays(lookup: dict[str, int]) -> 
     call = {"do_sample": False, "max_new_tokens": 20, **lookup}
     want = model.generate(ids, **call)
     with hf_ctxopt.patched(model, **PAGED):
-        assert torch.equal(model.generate(ids, **call), want)
+        got = model.generate(ids, return_dict_in_generate=True, **call)
+    assert torch.equal(got.sequences, want)
+    assert graph_stats(got)["replays"] > 0
 
 
 def test_two_hundred_steps_through_seals_growth_and_eviction() -> None:
@@ -132,7 +136,10 @@ def test_streamers_and_stopping_criteria_see_every_token() -> None:
 
     model, sink = build("llama"), Sink()
     with hf_ctxopt.patched(model, **PAGED):
-        out = model.generate(IDS[1:], do_sample=False, max_new_tokens=30, streamer=sink, stopping_criteria=[stop])
+        call = {"do_sample": False, "max_new_tokens": 30, "return_dict_in_generate": True}
+        found = model.generate(IDS[1:], streamer=sink, stopping_criteria=[stop], **call)
+    out = found.sequences
+    assert graph_stats(found)["replays"] > 5
     assert seen == list(range(21, 33))
     assert sink.tokens == [*out[0].tolist(), -1]
 
@@ -149,6 +156,7 @@ def test_a_returned_cache_goes_on() -> None:
                 more, attention_mask=mask, do_sample=False, max_new_tokens=10, past_key_values=cache_in(first)
             )
         texts.append(second)
+        assert (graph_stats(first).get("replays", 0) > 12) == graph  # of both turns: it is one cache
     assert torch.equal(*texts)
 
 
@@ -203,16 +211,16 @@ def steps(model: nn.Module, cache: Any, **more: Any) -> Any:
     [
         ({"output_attentions": True}, "the argument output_attentions"),
         ({"labels": IDS[:, :1]}, "the argument labels"),
-        ({"position_ids": torch.zeros(3, 2, 1, dtype=torch.long)[0]}, None),
+        ({"output_hidden_states": True}, "the argument output_hidden_states"),
     ],
 )
-def test_arguments(more: dict[str, Any], reason: str | None) -> None:
+def test_arguments(more: dict[str, Any], reason: str) -> None:
     model = build("llama")
     with hf_ctxopt.patched(model, **PAGED):
         cache = hf_ctxopt.make_cache(model, "ctx_paged", page_size=8)
         steps(model, cache, **more)
     counted = cache.stats()["graph"]
-    assert counted.get(f"eager: {reason}") == (None if reason is None else 3), counted
+    assert counted == {f"eager: {reason}": 3}
 
 
 def test_a_mask_with_a_hole_runs_eagerly() -> None:
@@ -254,6 +262,80 @@ def test_a_model_that_reads_cached_states_by_itself_is_asked_once() -> None:
     assert graph_stats(got) == {"warm-ups": 1, f"eager: {reason}": 23}
 
 
+def test_a_cache_and_its_graph_go_without_waiting_for_the_garbage_collector() -> None:
+    model = build("llama")
+    gc.collect()
+    gc.disable()
+    try:
+        with hf_ctxopt.patched(model, **PAGED):
+            got = model.generate(IDS, **{**GREEDY, "max_new_tokens": 8})
+        assert graph_stats(got)["replays"] > 0
+        cache = weakref.ref(cache_in(got))
+        del got
+        assert cache() is None
+    finally:
+        gc.enable()
+
+
+def test_a_graph_does_not_outlive_a_change_of_the_model_between_calls() -> None:
+    model, ids = build("llama"), IDS[1:]
+    with hf_ctxopt.patched(model, **PAGED):
+        first = model.generate(ids, do_sample=False, max_new_tokens=8, return_dict_in_generate=True)
+        seen: list[int] = []
+        handle = model.model.layers[0].mlp.register_forward_hook(lambda *_: seen.append(1))
+        more = torch.cat([first.sequences, ids[:, :2]], dim=1)
+        model.generate(more, do_sample=False, max_new_tokens=8, past_key_values=cache_in(first))
+        handle.remove()
+    assert len(seen) == 8
+
+
+def test_outputs_asked_for_once_leave_graphs_possible() -> None:
+    """transformers leaves its hooks on the model after a call with output_hidden_states."""
+    model = build("llama")
+    model(IDS, output_hidden_states=True)
+    assert any(part._forward_hooks for part in model.modules())
+    want, got = both(model, PAGED)
+    assert torch.equal(got.sequences, want.sequences)
+    assert graph_stats(got)["replays"] > 15
+
+
+def test_repeated_rows_of_a_padded_cache() -> None:
+    model = build("llama")
+    logits = []
+    for graph in (False, True):
+        with hf_ctxopt.patched(model, graph=graph, **PAGED), torch.no_grad():
+            cache = hf_ctxopt.make_cache(model, "ctx_paged", page_size=8, attention_mask=MASK)
+            positions = (MASK.cumsum(-1) - 1).clamp(min=0)
+            model(input_ids=IDS, attention_mask=MASK, position_ids=positions, past_key_values=cache)
+            cache.batch_repeat_interleave(2)
+            mask = MASK.repeat_interleave(2, 0)
+            for at in range(4):
+                mask = torch.cat([mask, torch.ones(4, 1, dtype=torch.long)], 1)
+                place = mask.sum(-1, keepdim=True) - 1
+                out = model(
+                    input_ids=IDS[:, at : at + 1].repeat_interleave(2, 0), attention_mask=mask, position_ids=place,
+                    past_key_values=cache,
+                )  # fmt: skip
+            logits.append(out.logits)
+    assert torch.allclose(*logits, atol=1e-5)
+    assert cache.stats()["graph"]["replays"] >= 2
+
+
+def test_padding_without_positions_is_left_to_the_model() -> None:
+    model, mask = build("opt"), MASK
+    logits = []
+    for graph in (False, True):
+        with hf_ctxopt.patched(model, graph=graph, **PAGED), torch.no_grad():
+            cache = hf_ctxopt.make_cache(model, "ctx_paged", page_size=8, attention_mask=MASK)
+            model(input_ids=IDS, attention_mask=MASK, past_key_values=cache)
+            for at in range(3):
+                mask = torch.cat([MASK, torch.ones(2, at + 1, dtype=torch.long)], 1)
+                out = model(input_ids=IDS[:, at : at + 1], attention_mask=mask, past_key_values=cache)
+            logits.append(out.logits)
+    assert torch.allclose(*logits, atol=1e-5)
+    assert cache.stats()["graph"] == {"eager: padding without position_ids": 3}
+
+
 def test_hooks_that_move_nothing_are_captured_with_the_model() -> None:
     """`device_map="auto"` puts accelerate's hooks on quantized models even where there is one device."""
     model = build("llama")
@@ -270,8 +352,11 @@ def test_hooks_that_move_nothing_are_captured_with_the_model() -> None:
     assert graph_stats(got)["replays"] >= 9, graph_stats(got)
 
 
+@pytest.mark.parametrize("bits", [16, 8])
 @pytest.mark.parametrize("debug", [True, False])
-def test_a_model_that_takes_numbers_from_the_host_is_found_out(monkeypatch: pytest.MonkeyPatch, debug: bool) -> None:
+def test_a_model_that_takes_numbers_from_the_host_is_found_out(
+    monkeypatch: pytest.MonkeyPatch, debug: bool, bits: int
+) -> None:
     """The recorded run's number is stale in the next replay: debug mode raises, otherwise steps run eagerly."""
     monkeypatch.setenv("CTXOPT_DEBUG", str(int(debug)))
     model = build("llama")
@@ -285,16 +370,17 @@ def test_a_model_that_takes_numbers_from_the_host_is_found_out(monkeypatch: pyte
     logits = []
     for graph in (False, True):
         with hf_ctxopt.patched(model, graph=graph, **PAGED):
-            caches.append(hf_ctxopt.make_cache(model, "ctx_paged", page_size=8))
+            caches.append(hf_ctxopt.make_cache(model, "ctx_paged", page_size=8, kv_bits=bits))
+            # The first compared step begins by sealing a page: run a second time it must not seal again.
             if graph and debug:
                 with pytest.raises(IntegrityError, match="differ from the eager"):
-                    feed(model, IDS, caches[-1], 1, prefill=4)
+                    feed(model, IDS, caches[-1], 1, prefill=14)
                 return
-            logits.append(feed(model, IDS, caches[-1], 1, prefill=4))
+            logits.append(feed(model, IDS, caches[-1], 1, prefill=14))
     assert torch.allclose(*logits, rtol=1e-4, atol=1e-4)
     counted = caches[-1].stats()["graph"]
-    assert counted["replays"] == 1
-    assert sum(count for reason, count in counted.items() if "differ from the eager" in reason) == 14, counted
+    assert counted["replays"] == counted["captures"], counted  # only those of the captured steps themselves
+    assert counted["eager: the replayed step's logits differ from the eager ones"] >= 2, counted
 
 
 def test_options_are_checked() -> None:
@@ -313,8 +399,8 @@ def test_the_forward_of_a_patched_model() -> None:
     assert inspect.signature(model.forward) == plain
     twin = copy.deepcopy(model)
     assert vars(twin)["forward"]._alive() is twin
-    loaded = pickle.loads(pickle.dumps(vars(model)["forward"].__reduce__()[0]))
-    assert loaded is DecodeGraph
+    loaded = pickle.loads(pickle.dumps(model))
+    assert vars(loaded)["forward"]._alive() is loaded
     hf_ctxopt.unpatch_model(model)
     assert "forward" not in vars(model)
     assert isinstance(vars(twin)["forward"], DecodeGraph)
@@ -322,10 +408,17 @@ def test_the_forward_of_a_patched_model() -> None:
 
 def test_compiled_layers_come_and_go() -> None:
     model = build("llama")
-    layers, ids = CompiledLayers(backend="eager"), IDS[1:]
+    graphs: list[Any] = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    layers, ids = CompiledLayers(backend=backend), IDS[1:]
     with torch.no_grad():
         want = model(ids).logits
         with layers.inside(model):
             assert all("forward" in vars(layer) for layer in model.model.layers)
             assert torch.allclose(model(ids).logits, want, atol=1e-5)
+    assert graphs
     assert not any("forward" in vars(layer) for layer in model.model.layers)
