@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-_FEW = 1 << 18  # numbers up to which one slower pass over codes and scales beats two
+_FEW = 1 << 18  # numbers up to which one thread alone unpacks faster
+_SERIAL = (1 << 15) - 1  # elements up to which torch uses one thread (its grain size)
 PIECE = 1 << 20  # codes unpacked at once, over all heads (4 MiB as floats)
 
 
@@ -44,18 +45,17 @@ class SealedTokens:
         if self.bits == 16:
             pages.copy_(self.codes)
             return
-        scale, zero = self.scales.to(out.dtype).unbind(2)
         axis = 2 if self.over_tokens else 3
-        scale, zero = scale.unsqueeze(axis), zero.unsqueeze(axis)
-        if self.bits == 8 and out.numel() < _FEW:
-            torch.mul(self.codes, scale, out=pages).add_(zero)
+        scale, zero = (part.unsqueeze(axis) for part in self.scales.to(out.dtype).unbind(2))
+        if out.numel() > _FEW:
+            _unpack(pages, self.codes, scale, zero, self.bits)
             return
-        planes = pages.chunk(8 // self.bits, dim=-1)
-        last = 8 - self.bits
-        for shift, plane in zip(range(0, 8, self.bits), planes, strict=True):
-            codes = self.codes if shift == 0 else self.codes >> shift
-            plane.copy_(codes if shift == last else codes & (2**self.bits - 1))
-        pages.mul_(scale).add_(zero)
+        # Pieces too small for torch to share among threads: waking those costs more than the work there is.
+        step = max(1, _SERIAL // pages[0, 0].numel())
+        for head in range(pages.shape[0]):
+            for first in range(0, pages.shape[1], step):
+                at = (head, slice(first, first + step))
+                _unpack(pages[at], self.codes[at], scale[at], zero[at], self.bits)
 
     def _pieces(self) -> list[slice]:
         """Cuts of the pages; one where they are few."""
@@ -94,6 +94,15 @@ class SealedTokens:
         if total is None:
             return weights.new_zeros(*weights.shape[:2], self.codes.shape[-1] * 8 // self.bits)
         return total
+
+
+def _unpack(out: Tensor, codes: Tensor, scale: Tensor, zero: Tensor, bits: int) -> None:
+    """Write `code * scale + zero` to `out`, `(..., page_size, head_dim)` float32."""
+    last = 8 - bits
+    for shift, plane in zip(range(0, 8, bits), out.chunk(8 // bits, dim=-1), strict=True):
+        part = codes if shift == 0 else codes >> shift
+        plane.copy_(part if shift == last else part & (2**bits - 1))
+    out.mul_(scale).add_(zero)
 
 
 def _planes(codes: Tensor, bits: int, dtype: torch.dtype) -> list[Tensor]:
