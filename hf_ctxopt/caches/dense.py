@@ -1,0 +1,77 @@
+"""Where the dense route's columns come from: made once per step and group, shared by the layers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ..kernels.rotate import RotaryFacts, rotation, turn
+from ..pages.rows import Stretch
+
+if TYPE_CHECKING:
+    from .view import StepView
+
+
+@dataclass
+class DenseLayout:
+    """Where dense columns come from; made once per step and group.
+
+    Args:
+        single: the one stretch that is all of it (batch 1, neighbouring pages): read as a view.
+        slots: `(batch, columns)` pool slots; padding columns read slot 0, which every mask hides.
+        rows: each row's stretches.
+        delta: `(batch, stop - start)` positions to turn the keys of columns `[start, stop)` by.
+        rotations: the rotations by `delta`, one for each set of frequencies.
+    """
+
+    single: Stretch | None
+    slots: Tensor
+    rows: list[list[Stretch]]
+    delta: Tensor
+    start: int
+    stop: int
+    rotations: dict[Callable[[], Tensor], tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, view: StepView) -> DenseLayout:
+        """The layout of a step's old and (in place) new tokens."""
+        plan = view.plan
+        in_place = view.old is None
+        rows = [row.after if in_place else row.before for row in plan.rows]
+        columns = view.length if in_place else plan.dense_before
+        slots = torch.zeros(len(rows), columns, dtype=torch.long)
+        delta = torch.zeros(len(rows), columns, dtype=torch.long)
+        for index, (row, stretches) in enumerate(zip(plan.rows, rows, strict=True)):
+            column = columns - sum(stretch.length for stretch in stretches)
+            for stretch in stretches:
+                if view.storage.codecs is None:
+                    stop = stretch.slot + stretch.length
+                    slots[index, column : column + stretch.length] = torch.arange(stretch.slot, stop)
+                for token, length, shift in view.shifts(row, stretch):
+                    at = column + token - stretch.token
+                    delta[index, at : at + length] = shift
+                column += stretch.length
+        moved = delta.any(0).nonzero()
+        start, stop = (int(moved[0]), int(moved[-1]) + 1) if len(moved) else (0, 0)
+        whole = len(rows) == 1 and len(rows[0]) == 1 and rows[0][0].length == columns
+        return cls(rows[0][0] if whole else None, slots, rows, delta[:, start:stop], start, stop)
+
+    def slots_on(self, device: torch.device) -> Tensor:
+        """`slots` on a device; kept there, as the group's other layers ask again."""
+        if self.slots.device != device:
+            self.slots = self.slots.to(device)
+        return self.slots
+
+    def turn(self, keys: Tensor, facts: RotaryFacts | None) -> Tensor:
+        """`keys` with the columns that need it turned, from the originals, in one shot."""
+        if facts is None or self.start == self.stop:
+            return keys
+        if facts.inv_freq not in self.rotations:
+            delta = self.delta.to(keys.device)[:, None]
+            self.rotations[facts.inv_freq] = rotation(delta, facts, keys.device)
+        turned = turn(keys[:, :, self.start : self.stop], *self.rotations[facts.inv_freq], facts)
+        return torch.cat([keys[:, :, : self.start], turned, keys[:, :, self.stop :]], dim=2)
