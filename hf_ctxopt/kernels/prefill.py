@@ -64,9 +64,11 @@ def attend_piece(piece: Piece, scaling: float, softcap: float | None = None) -> 
     first, last = piece.span()
     # Keys behind the last query are seen by none. Queries behind the last key need no causal limit, and must not have
     # one: FlashAttention takes a right window as long as the keys for none at all, whatever the number of queries.
+    # Those of them that a window limits it gives such a right window itself: there must be no more than keys.
     keys, values = (part[:, : last - piece.offset] for part in (piece.keys, piece.values))
-    edge = max(first, piece.offset + keys.shape[1])
-    parts = [(start, stop) for start, stop in ((first, min(edge, last)), (edge, last)) if start < stop]
+    edge = min(max(first, piece.offset + keys.shape[1]), last)
+    limited = last if piece.window is None else min(max(edge, piece.offset + piece.window), last)
+    parts = [(start, stop) for start, stop in ((first, edge), (edge, limited), (limited, last)) if start < stop]
     found = [_attend(piece, keys, values, start, stop, scaling, softcap) for start, stop in parts]
     return found[0] if len(found) == 1 else (torch.cat([f[0] for f in found], 1), torch.cat([f[1] for f in found], 1))
 
@@ -74,14 +76,15 @@ def attend_piece(piece: Piece, scaling: float, softcap: float | None = None) -> 
 def _attend(
     piece: Piece, keys: Tensor, values: Tensor, first: int, last: int, scaling: float, softcap: float | None
 ) -> tuple[Tensor, Tensor]:
-    """The queries `[first, last)`, all of them up to the last key's token, or all behind it."""
+    """The queries `[first, last)`: all up to the last key's token, or all behind it, and then all limited by the window
+    or none."""
     query, tokens = piece.query[:, first:last], keys.shape[1]
     # Windows are aligned to the lower right corner: key j is seen if
     # i + tokens - queries - left <= j <= i + tokens - queries + right. -1 is no limit.
     right = 0 if first < piece.offset + tokens and last - first > 1 else -1
     left = -1 if piece.window is None else piece.offset + tokens - last + piece.window - 1
     choice = prefill_backends.choose(query, keys, values, softcap)
-    return choice.attend(query, keys, values, scaling, left if left < tokens else -1, right, softcap)
+    return choice.attend(query, keys, values, scaling, left if left < tokens - 1 else -1, right, softcap)
 
 
 def merge(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> tuple[Tensor, Tensor]:

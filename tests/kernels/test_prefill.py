@@ -74,9 +74,30 @@ SHAPES = [(0, 1), (0, 9), (0, 300), (13, 1), (13, 7), (300, 5), (7, 270), (64, 6
 WINDOWS = [(None, 0), (1, 0), (5, 0), (5, 3), (40, 4), (40, 30), (1000, 4)]
 
 
-@pytest.mark.parametrize(("window", "sinks"), WINDOWS)
-@pytest.mark.parametrize(("history", "queries"), SHAPES)
-def test_pieces_of_any_size_give_the_whole(history: int, queries: int, window: int | None, sinks: int) -> None:
+def like_flash(
+    query: Tensor, keys: Tensor, values: Tensor, scaling: float, left: int, right: int, softcap: float | None
+) -> tuple[Tensor, Tensor]:
+    """The reference with FlashAttention 2's reading of its windows: one limit alone makes the other one `tokens`."""
+    tokens = keys.shape[1]
+    left, right = (-1 if side >= tokens else side for side in (left, right))
+    if max(left, right) >= 0:
+        left, right = (tokens if side < 0 else side for side in (left, right))
+    return prefill_backends.reference(query, keys, values, scaling, left, right, softcap)
+
+
+@pytest.mark.parametrize("attend_like", [prefill_backends.reference, like_flash])
+@pytest.mark.parametrize(("window", "sinks"), [*WINDOWS, (300, 33)])
+@pytest.mark.parametrize(("history", "queries"), [*SHAPES, (500, 257)])
+def test_pieces_of_any_size_give_the_whole(
+    history: int,
+    queries: int,
+    window: int | None,
+    sinks: int,
+    attend_like: prefill_backends.Attend,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    backend = prefill_backends.Backend("under test", attend_like, "", lambda *_: None)
+    monkeypatch.setattr(prefill_backends, "BACKENDS", (backend,))
     text = Text(history, queries, window, min(sinks, history + queries))
     whole = text.expected()
     for step in (1 << 20, 50, 3):
