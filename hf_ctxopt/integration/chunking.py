@@ -10,11 +10,16 @@ and the tokens that are generated stay the same. The rule, in order:
    peak is that of a short prompt, and never more than half a position era.
 4. Prompts of more than `LARGE` tokens on a GPU: chunks of `LARGE` tokens, or of `SMALL` where memory is tight, that is
    where the cache has a byte budget or the process may use less than `TIGHT` of the device. The activations of a 7B
-   model are some 0.1 GiB at `SMALL` tokens; on large GPUs twice as long chunks keep the kernels filled.
+   model are some 0.1 GiB at `SMALL` tokens; on large GPUs twice as long chunks keep the kernels filled. Where even those
+   would take more than a `SHARE` of what the weights and the prompt's pages leave, the chunk is halved, to `LEAST`
+   tokens at least.
 5. Prompts of more than `SMALL` tokens anywhere, where the cache has a byte budget: chunks of `SMALL` tokens.
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -25,6 +30,8 @@ from ..pages.budget import Budget
 SMALL = 1024
 LARGE = 2048
 TIGHT = 24 << 30  # bytes
+SHARE = 0.25  # the rest is for what is not counted here: logits, workspaces, dequantized weights, fragments
+LEAST = 128
 
 
 def chunk_size(model: nn.Module, options: PageOptions, span: int | None, prompt: int | None) -> int | None:
@@ -43,8 +50,39 @@ def chunk_size(model: nn.Module, options: PageOptions, span: int | None, prompt:
     counted = Budget(options.budget).nbytes is not None
     device = compute_device(model)
     if device.type == "cuda" and prompt > LARGE:
-        return SMALL if counted or device_memory(device) < TIGHT else LARGE
+        if not counted and device_memory(device) >= TIGHT:
+            return LARGE
+        return affordable(model, options, prompt, SMALL, memory_left(device))
     return SMALL if counted and prompt > SMALL else None
+
+
+def affordable(model: nn.Module, options: PageOptions, prompt: int, size: int, left: int) -> int:
+    """`size` tokens, or half as many as often as their activations need it.
+
+    Args:
+        model: the model.
+        options: the cache's options, for the bits of its pages.
+        prompt: tokens that will be held.
+        size: tokens to begin with.
+        left: bytes of the device that nothing has taken yet.
+    """
+    config: Any = getattr(model, "config", None)
+    text = config.get_text_config(decoder=True) if config is not None else None
+    width = int(getattr(text, "hidden_size", 0) or 0)
+    inner = int(getattr(text, "intermediate_size", 0) or 4 * width)
+    heads = int(getattr(text, "num_attention_heads", 0) or 1)
+    kv = int(getattr(text, "num_key_value_heads", 0) or heads) * int(getattr(text, "head_dim", 0) or width // heads)
+    kv_bits = [options.kv_bits[part] if isinstance(options.kv_bits, Mapping) else options.kv_bits for part in "kv"]
+    pages = int(getattr(text, "num_hidden_layers", 0) or 0) * kv * prompt * sum(kv_bits) // 8
+    token = 2 * (6 * width + 3 * inner)  # residual, norm, Q, K, V and their turned copies; gate, up and product
+    while size > LEAST and size * token > SHARE * max(0, left - pages):
+        size //= 2
+    return size
+
+
+def memory_left(device: torch.device) -> int:
+    """Bytes of a GPU that this process may still allocate."""
+    return device_memory(device) - torch.cuda.memory_allocated(device)
 
 
 def compute_device(model: nn.Module) -> torch.device:

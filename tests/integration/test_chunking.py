@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import LlamaConfig
 
 import hf_ctxopt
 from hf_ctxopt.caches.options import PageOptions, SinkOptions
@@ -44,7 +45,24 @@ def test_the_rule(
 ) -> None:  # fmt: skip
     monkeypatch.setattr(chunking, "compute_device", lambda model: torch.device(kind))
     monkeypatch.setattr(chunking, "device_memory", lambda device: size << 30)
+    monkeypatch.setattr(chunking, "memory_left", lambda device: size << 30)
     assert chunking.chunk_size(torch.nn.Linear(1, 1), options, None, prompt) == expected
+
+
+@pytest.mark.parametrize(
+    ("left_mib", "kv_bits", "prompt", "expected"),
+    [(8000, 16, 6_500, 1_024), (3_586, 16, 6_500, 512), (3_380, 16, 6_500, 256), (3_586, 4, 6_500, 1_024),
+     (3_586, {"k": 16, "v": 8}, 6_500, 1_024), (3_300, 16, 6_500, 128)],
+)  # fmt: skip
+def test_a_chunk_takes_a_share_of_what_is_left(left_mib: int, kv_bits: Any, prompt: int, expected: int) -> None:
+    """Llama-2-7B: 512 KiB of pages and 115,200 bytes of activations a token."""
+    with torch.device("meta"):
+        model = torch.nn.Module()
+        model.config = LlamaConfig(
+            hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32
+        )
+    options = PageOptions(kv_bits=kv_bits)
+    assert chunking.affordable(model, options, prompt, 1_024, left_mib << 20) == expected
 
 
 def test_a_chunk_is_at_most_half_an_era() -> None:
