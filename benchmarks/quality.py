@@ -91,7 +91,7 @@ def bits_in_bf16(cache: Any, held: float, values: int) -> float | None:
     groups = getattr(cache, "groups", None)
     if groups is None:
         return None
-    wide = sum(group.capacity.open * group.page_bytes for group in groups)
+    wide = sum(group.arena.capacity.open * group.arena.page_bytes for group in groups)
     return held - 8 * wide / 2 / values
 
 

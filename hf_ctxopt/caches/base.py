@@ -104,7 +104,7 @@ class PageCache(DynamicCache, ABC):
     @property
     def nbytes(self) -> int:
         """Bytes of K/V storage really held, each storage counted once."""
-        return sum(group.nbytes for group in self.groups)
+        return sum(group.arena.nbytes for group in self.groups)
 
     def stats(self) -> dict[str, Any]:
         """What the cache holds and how it was read, as plain JSON values."""
@@ -192,14 +192,14 @@ def _group_stats(group: LayerGroup) -> dict[str, Any]:
         "window": group.policy.most_held,
         "tokens_held": held,
         "tokens_evicted": sum(row.length for row in group.rows) - held,
-        "bytes_held": group.nbytes,
-        "bytes_used": group.bytes_of(group.used) if group.storages else 0,
+        "bytes_held": group.arena.nbytes,
+        "bytes_used": group.arena.bytes_of(group.arena.used) if group.storages else 0,
         "pages": {
-            "total": sum(group.capacity),
-            "used": sum(group.used),
+            "total": sum(group.arena.capacity),
+            "used": sum(group.arena.used),
             "shared": group.pool.shared + group.sealed.shared,
-            "open": group.used.open,
-            "sealed": group.used.sealed,
+            "open": group.arena.used.open,
+            "sealed": group.arena.used.sealed,
         },
         "kv_bits": {"k": 16, "v": 16} if codecs is None else {"k": codecs.keys.bits, "v": codecs.values.bits},
     }

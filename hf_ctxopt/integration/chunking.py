@@ -10,9 +10,9 @@ and the tokens that are generated stay the same. The rule, in order:
    peak is that of a short prompt, and never more than half a position era.
 4. Prompts of more than `LARGE` tokens on a GPU: chunks of `LARGE` tokens, or of `SMALL` where memory is tight, that is
    where the cache has a byte budget or the process may use less than `TIGHT` of the device. The activations of a 7B
-   model are some 0.1 GiB at `SMALL` tokens; on large GPUs twice as long chunks keep the kernels filled. Where even those
-   would take more than a `SHARE` of what the weights and the prompt's pages leave, the chunk is halved, to `LEAST`
-   tokens at least.
+   model are some 0.1 GiB at `SMALL` tokens; on large GPUs twice as long chunks keep the kernels filled. Where even
+   those would take more than a `SHARE` of what the weights and the prompt's pages leave, the chunk is halved, to
+   `LEAST` tokens at least.
 5. Prompts of more than `SMALL` tokens anywhere, where the cache has a byte budget: chunks of `SMALL` tokens.
 """
 

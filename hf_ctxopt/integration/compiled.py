@@ -49,6 +49,6 @@ class CompiledLayers:
         if kind not in self._forwards:
             # One row's matrix products are bound by memory; tuned so, inductor writes them as reductions of its own,
             # which read weights nearer to the bus's speed than a library's and take neighbouring operations in.
-            options = {"coordinate_descent_tuning": True} if self._backend == "inductor" else None
+            options: Any = {"coordinate_descent_tuning": True} if self._backend == "inductor" else None
             self._forwards[kind] = torch.compile(kind.forward, backend=self._backend, options=options)
         return self._forwards[kind]

@@ -196,7 +196,7 @@ def _key(model: Any, cache: PageCache, states: list[DecodeState], step: Step) ->
     places: list[Any] = [weakref.ref(model)]
     places += [getattr(part, "weight", part).data_ptr() for part in parameters if part is not None]
     for group, state in zip(cache.context.groups, states, strict=True):
-        places += [state, group, group.storage_version]
+        places += [state, group, group.arena.storage_version]
     return (step.ids.shape[0], step.extra, *places)
 
 

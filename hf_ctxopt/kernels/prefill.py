@@ -76,8 +76,7 @@ def attend_piece(piece: Piece, scaling: float, softcap: float | None = None) -> 
 def _attend(
     piece: Piece, keys: Tensor, values: Tensor, first: int, last: int, scaling: float, softcap: float | None
 ) -> tuple[Tensor, Tensor]:
-    """The queries `[first, last)`: all up to the last key's token, or all behind it, and then all limited by the window
-    or none."""
+    """The queries `[first, last)`: all up to the last key's token, or all behind it and then all, or none, limited."""
     query, tokens = piece.query[:, first:last], keys.shape[1]
     # Windows are aligned to the lower right corner: key j is seen if
     # i + tokens - queries - left <= j <= i + tokens - queries + right. -1 is no limit.

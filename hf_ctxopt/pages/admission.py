@@ -47,7 +47,7 @@ def admit(groups: Sequence[LayerGroup], arriving: LayerGroup, keys: Tensor, valu
         codecs.check(keys, values)
     sealed = codecs.page_bytes(keys, values, arriving.page_size) if codecs is not None else 0
     size = Pages(page_bytes(keys, values, arriving.page_size), sealed)
-    known = arriving.expect_page_bytes(size)
+    known = arriving.arena.expect_page_bytes(size)
     if arriving.request is not None and (known or arriving.storages):
         return
     asking = groups
@@ -62,8 +62,8 @@ def admit(groups: Sequence[LayerGroup], arriving: LayerGroup, keys: Tensor, valu
             "call cache.settle() before the next one"
         )
     for group in groups:
-        if not group.storages and not group.page_bytes:
-            group.expect_page_bytes(size)
+        if not group.storages and not group.arena.page_bytes:
+            group.arena.expect_page_bytes(size)
     requests = [_request(group, keys.shape[0], keys.shape[-2]) for group in asking]
     for group, request in zip(asking, requests, strict=True):
         if request.evicting and group.before_eviction is not None:
@@ -92,7 +92,7 @@ def _request(group: LayerGroup, batch: int, queries: int) -> StepRequest:
     evicting = any(end and horizon(end - 1) for end in ends)
     sealing = group.codecs is not None and queries > (_REVOCABLE if group.recording else 1)
     quiet = queries == 1 and all(_stays(group, row, end, low) for row, end, low in zip(rows, ends, keep, strict=True))
-    pages = group.used if quiet else _rehearse(group, rows, ends, keep, sealing)
+    pages = group.arena.used if quiet else _rehearse(group, rows, ends, keep, sealing)
     return StepRequest(group.seen, queries, rows, ends, keep, in_place, evicting, sealing, pages)
 
 
@@ -160,7 +160,7 @@ def _rehearse(group: LayerGroup, rows: list[Row], ends: list[int], keep: list[in
 
 def _make_room(groups: Sequence[LayerGroup], requests: dict[int, StepRequest]) -> None:
     """Grow the groups that need it. All limits are checked before the first allocation."""
-    sizes = {id(group): group.capacity for group in groups}
+    sizes = {id(group): group.arena.capacity for group in groups}
     growing = []
     for group in groups:
         have, need = sizes[id(group)], requests[id(group)].pages if id(group) in requests else Pages(0, 0)
@@ -180,22 +180,22 @@ def _make_room(groups: Sequence[LayerGroup], requests: dict[int, StepRequest]) -
             raise CacheFullError(needed, room * size, "raise `budget`, or use a smaller `window`")
     for group in smaller:
         if group.pool.capacity > sizes[id(group)].open:
-            compact_open(group, sizes[id(group)].open)
+            compact_open(group.arena, sizes[id(group)].open)
     for group in growing:
         rows = len(requests[id(group)].rows)
         sizes[id(group)] = with_slack(group, rows, sizes[id(group)], partial(_most, group, groups, sizes))
     for group in growing:
-        resize(group, sizes[id(group)])
+        resize(group.arena, sizes[id(group)])
 
 
 def _most(
     group: LayerGroup, groups: Sequence[LayerGroup], sizes: dict[int, Pages], own: Pages, kind: int
 ) -> int | None:
     """Pages of a kind (0: open, 1: sealed) a group may have beside the other kind's in `own` and the other groups."""
-    others = sum(other.bytes_of(sizes[id(other)]) for other in groups if other is not group)
+    others = sum(other.arena.bytes_of(sizes[id(other)]) for other in groups if other is not group)
     rest = own._replace(open=0) if kind == 0 else own._replace(sealed=0)
-    each = group.page_bytes if kind == 0 else group.sealed_bytes
-    return group.budget.most_pages(group.page_size, each, others + group.bytes_of(rest), sum(rest))
+    each = group.arena.page_bytes if kind == 0 else group.arena.sealed_bytes
+    return group.budget.most_pages(group.page_size, each, others + group.arena.bytes_of(rest), sum(rest))
 
 
 def _room(group: LayerGroup, groups: Sequence[LayerGroup], sizes: dict[int, Pages]) -> int | None:

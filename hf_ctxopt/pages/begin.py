@@ -101,7 +101,6 @@ def _extend(group: LayerGroup, plan: StepPlan, index: int, end: int, keep: int) 
         sealed = iter(group.sealed.take(len(direct), _last(row, sealed=True), room))
         for logical in missing:
             row.add(logical, next(sealed if logical in whole else opened))
-        group.table_version += 1
     row.length, row.lower = end, keep
     if plan.sealing:
         # A page that began in the middle, because its head was evicted, is sealed when the next step begins.

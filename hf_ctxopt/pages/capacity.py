@@ -12,6 +12,7 @@ from .plan import Pages
 from .pool import SEALED, PagePool
 
 if TYPE_CHECKING:
+    from .arena import Arena
     from .group import LayerGroup
 
 logger = logging.getLogger(__name__)
@@ -79,14 +80,14 @@ def _within(capacity: int, most: int | None) -> int:
     return capacity if most is None else min(capacity, most)
 
 
-def resize(group: LayerGroup, capacity: Pages) -> None:
+def resize(arena: Arena, capacity: Pages) -> None:
     """Grow to `capacity` pages. The pools grow last: if an allocation fails, some storages are merely larger."""
-    group.storage_version += 1
-    for storage in group.storages.values():
+    arena.storage_version += 1
+    for storage in arena.storages.values():
         storage.resize(max(capacity.open, storage.capacity), max(capacity.sealed, storage.sealed_capacity))
-    group.pool.resize(max(capacity.open, group.pool.capacity))
-    if capacity.sealed > group.sealed.capacity:
-        group.sealed.resize(capacity.sealed)
+    arena.pool.resize(max(capacity.open, arena.pool.capacity))
+    if capacity.sealed > arena.sealed.capacity:
+        arena.sealed.resize(capacity.sealed)
 
 
 def open_bound(group: LayerGroup) -> int:
@@ -107,57 +108,53 @@ def trim(group: LayerGroup, needed: Pages | None = None) -> None:
         group: the group.
         needed: pages that the step which begins was promised, if one does.
     """
-    if group.recording:
+    if group.recording or group.arena.shared:
         return
     rows, bound = len(group.rows), group.row_bound
     if group.codecs is not None:
         opened = max(rows * open_bound(group), needed.open if needed is not None else 0)
         if group.pool.used <= opened < group.pool.capacity:
-            compact_open(group, opened)
+            compact_open(group.arena, opened)
         sealed = group.sealed.capacity if bound is None else rows * (bound - group.codecs.open_first)
         sealed = max(sealed, needed.sealed if needed is not None else 0)
         if group.sealed.used <= sealed < group.sealed.capacity:
-            _compact_sealed(group, sealed)
+            _compact_sealed(group.arena, sealed)
     elif bound is not None and group.pool.used <= rows * bound < group.pool.capacity:
-        compact_open(group, rows * bound)
+        compact_open(group.arena, rows * bound)
 
 
-def compact_open(group: LayerGroup, capacity: int) -> None:
+def compact_open(arena: Arena, capacity: int) -> None:
     """Move the open pages together and give back all but `capacity`, if there is memory to do so."""
-    order = sorted({page for row in group.rows for _, page in row.pages() if page < SEALED})
+    order = sorted({page for listing in arena.listings for page in listing.listed() if page < SEALED})
     try:
-        smaller = {layer: storage.compacted(order, capacity) for layer, storage in group.storages.items()}
+        smaller = {layer: storage.compacted(order, capacity) for layer, storage in arena.storages.items()}
     except (MemoryError, torch.OutOfMemoryError) as error:
         logger.warning("no memory to move %d pages together; a larger storage stays: %s", len(order), error)
         return
-    group.storage_version += 1
+    arena.storage_version += 1
     for layer, (keys, values) in smaller.items():
-        group.storages[layer].keys, group.storages[layer].values = keys, values
-    group.pool = PagePool(capacity)
-    _renumber(group, {page: i for i, page in enumerate(order)})
-    group.pool.rebuild(group.holders()[0])
+        arena.storages[layer].keys, arena.storages[layer].values = keys, values
+    arena.pool = PagePool(capacity)
+    _renumber(arena, {page: i for i, page in enumerate(order)})
+    arena.pool.rebuild(arena.holders()[0])
 
 
-def _compact_sealed(group: LayerGroup, capacity: int) -> None:
-    order = sorted({page for row in group.rows for _, page in row.pages() if page >= SEALED})
+def _compact_sealed(arena: Arena, capacity: int) -> None:
+    order = sorted({page for listing in arena.listings for page in listing.listed() if page >= SEALED})
     try:
-        smaller = {layer: storage.compacted_sealed(order, capacity) for layer, storage in group.storages.items()}
+        smaller = {layer: storage.compacted_sealed(order, capacity) for layer, storage in arena.storages.items()}
     except (MemoryError, torch.OutOfMemoryError) as error:
         logger.warning("no memory to move %d pages together; a larger storage stays: %s", len(order), error)
         return
-    group.storage_version += 1
+    arena.storage_version += 1
     for layer, parts in smaller.items():
-        for part, (codes, scales) in zip(group.storages[layer].parts, parts, strict=True):
+        for part, (codes, scales) in zip(arena.storages[layer].parts, parts, strict=True):
             part.codes, part.scales = codes, scales
-    group.sealed = PagePool(capacity, first=SEALED)
-    _renumber(group, {page: SEALED + i for i, page in enumerate(order)})
-    group.sealed.rebuild(group.holders()[1])
+    arena.sealed = PagePool(capacity, first=SEALED)
+    _renumber(arena, {page: SEALED + i for i, page in enumerate(order)})
+    arena.sealed.rebuild(arena.holders()[1])
 
 
-def _renumber(group: LayerGroup, places: dict[int, int]) -> None:
-    """Pages have moved: `places` gives the new number of each that has."""
-    for row in group.rows:
-        pairs, row.runs = list(row.pages()), []
-        for logical, page in pairs:
-            row.add(logical, places.get(page, page))
-    group.table_version += 1
+def _renumber(arena: Arena, places: dict[int, int]) -> None:
+    for listing in arena.listings:
+        listing.renumber(places)

@@ -8,13 +8,16 @@ can always be taken back (`crop`).
 
 from __future__ import annotations
 
+import copy
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
 from ..errors import ConfigError, InterruptedStepError
+from .arena import Arena, Table
 from .begin import begin
 from .budget import Budget
 from .capacity import resize
@@ -23,7 +26,7 @@ from .plan import Pages, StepPlan, StepRequest
 from .pool import SEALED, PagePool
 from .rows import Row
 from .sealed import Codecs
-from .storage import LayerStorage, unique_bytes
+from .storage import LayerStorage
 
 _ALL = 1 << 62  # past any logical page
 
@@ -59,10 +62,9 @@ class LayerGroup:
         expected: tokens a row is expected to reach, so that growth does not overshoot it.
         before_eviction: called once, before the first token is evicted; raises if the model does not allow it.
         codecs: how full pages are stored; `None` leaves all pages open.
+        arena: the pages, where other groups list them too; `None` for an arena of its own.
 
     Attributes:
-        table_version: grows whenever a row's pages change; between two equal values a copy of the table is good.
-        storage_version: grows whenever a layer's storage lies elsewhere.
         headroom: least number of sealed pages that growth adds at once; larger for whoever must not see it often.
     """
 
@@ -76,16 +78,17 @@ class LayerGroup:
         expected: int | None = None,
         before_eviction: Callable[[], None] | None = None,
         codecs: Codecs | None = None,
+        arena: Arena | None = None,
     ) -> None:
         self.layers, self.policy, self.page_size = tuple(layers), policy, page_size
         self.budget, self.pads, self.expected = budget, pads, expected
         self.announced = 0  # tokens a row is certain to reach: those of a prompt that is fed in chunks
         self.before_eviction = before_eviction
         self.codecs = codecs
-        self.pool, self.sealed = PagePool(), PagePool(first=SEALED)
-        self.table_version = self.storage_version = self.headroom = 0
-        self.rows: list[Row] = []
-        self.storages: dict[int, LayerStorage] = {}
+        self.arena = Arena(self.layers, page_size, codecs) if arena is None else arena
+        self.table = Table()
+        self._enter()
+        self.headroom = 0
         self.progress: dict[int, int] = dict.fromkeys(self.layers, 0)
         self.seen = 0
         self.evicted_pages = 0
@@ -93,46 +96,49 @@ class LayerGroup:
         self.request: StepRequest | None = None  # what was admitted for the coming step (see `admission.py`)
         self.plan: StepPlan | None = None
         self._late = False  # a layer turned up that missed the first step: only a fresh start helps
-        self._guess = Pages(0, 0)  # bytes of one layer's pages
+
+    def _enter(self) -> None:
+        """List this group's pages with the arena, for as long as the group lives."""
+        self.arena.listings.append(self.table)
+        if self.arena.shared:
+            weakref.finalize(self, self.arena.leave, self.table)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> LayerGroup:
+        """A copy whose rows list the same pages where the arena is shared, and copies of them where it is not."""
+        twin = object.__new__(type(self))
+        memo[id(self)] = twin
+        for name, value in vars(self).items():
+            setattr(twin, name, copy.deepcopy(value, memo))
+        if twin.arena is self.arena:
+            self.arena.share(self.table.listed())
+            twin._enter()
+        return twin
+
+    @property
+    def rows(self) -> list[Row]:
+        """The sequences of the batch."""
+        return self.table.rows
+
+    @rows.setter
+    def rows(self, rows: list[Row]) -> None:
+        self.table.rows = rows
+
+    @property
+    def pool(self) -> PagePool:
+        """Open pages."""
+        return self.arena.pool
+
+    @property
+    def sealed(self) -> PagePool:
+        """Sealed pages."""
+        return self.arena.sealed
+
+    @property
+    def storages(self) -> dict[int, LayerStorage]:
+        """Layer → its keys and values."""
+        return self.arena.storages
 
     # ---- sizes
-
-    @property
-    def page_bytes(self) -> int:
-        """Bytes of one open page over all layers; layers that have not arrived count as the first one did."""
-        known = sum(storage.page_bytes for storage in self.storages.values())
-        return known + (len(self.layers) - len(self.storages)) * self._guess.open
-
-    @property
-    def sealed_bytes(self) -> int:
-        """Bytes of one sealed page over all layers, counted likewise."""
-        known = sum(storage.sealed_bytes for storage in self.storages.values())
-        return known + (len(self.layers) - len(self.storages)) * self._guess.sealed
-
-    def expect_page_bytes(self, one_layer: Pages) -> bool:
-        """Take the layers that have not arrived for as large as `one_layer`; returns whether they were so already."""
-        known = self._guess in (one_layer, (0, 0))
-        self._guess = one_layer
-        return known
-
-    def bytes_of(self, pages: Pages) -> int:
-        """Bytes of so many pages over all layers."""
-        return pages.open * self.page_bytes + pages.sealed * self.sealed_bytes
-
-    @property
-    def capacity(self) -> Pages:
-        """Pages that exist, free or not."""
-        return Pages(self.pool.capacity, self.sealed.capacity)
-
-    @property
-    def used(self) -> Pages:
-        """Pages that a row holds."""
-        return Pages(self.pool.used, self.sealed.used)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the storages really held."""
-        return unique_bytes([tensor for storage in self.storages.values() for tensor in storage.tensors])
 
     @property
     def row_bound(self) -> int | None:
@@ -198,7 +204,7 @@ class LayerGroup:
                 self.storages[layer] = LayerStorage(
                     keys, values, self.page_size, self.pool.capacity, self.codecs, self.sealed.capacity
                 )
-                self.storage_version += 1
+                self.arena.storage_version += 1
             except BaseException:
                 self.settle()
                 raise
@@ -270,9 +276,7 @@ class LayerGroup:
 
     def release(self, pages: Iterable[int]) -> None:
         """A row holds these pages no more."""
-        for page in pages:
-            (self.pool if page < SEALED else self.sealed).release([page])
-            self.table_version += 1
+        self.arena.release(pages)
 
     # ---- changes between steps
 
@@ -329,17 +333,16 @@ class LayerGroup:
             gone.update(page for _, page in row.open_pages(-(-length // size), _ALL))
         if begun:
             free = self.pool.free + sum(self.pool.references(page) == count for page, count in gone.items())
-            resize(self, Pages(self.pool.capacity + max(0, len(begun) - free), self.sealed.capacity))
+            resize(self.arena, Pages(self.pool.capacity + max(0, len(begun) - free), self.sealed.capacity))
 
     def select(self, rows: Sequence[int]) -> None:
         """Make row `rows[i]` the new row `i`: beams, repeats and selections. Pages are shared, not copied."""
         chosen = [self.rows[i].copy() for i in rows]
         for row in chosen:
-            for _, page in row.pages():
-                (self.pool if page < SEALED else self.sealed).share([page])
+            self.arena.share(page for _, page in row.pages())
         for row in self.rows:
             self.release(page for _, page in row.pages())
-        self.rows, self.table_version = chosen, self.table_version + 1
+        self.rows = chosen
 
     def skip(self, tokens: int) -> None:
         """Believe that `tokens` more tokens were seen and evicted (see `hf_ctxopt.testing.skip`)."""
@@ -376,10 +379,12 @@ class LayerGroup:
         return self.seen
 
     def reset(self) -> None:
-        """Forget everything and give the memory back."""
-        self.pool, self.sealed, self.rows, self.storages = PagePool(), PagePool(first=SEALED), [], {}
-        self.table_version += 1
-        self.storage_version += 1
+        """Forget everything and give the memory back, or, where others list pages too, this group's pages."""
+        if self.arena.shared:
+            self.release(list(self.table.listed()))
+        else:
+            self.arena.clear()
+        self.rows = []
         self.evicted_pages, self.pads = 0, None  # the padding was that of the text which is forgotten
         self.recording = self._late = False
         self.announced = 0
@@ -388,9 +393,3 @@ class LayerGroup:
     def _set_seen(self, seen: int) -> None:
         self.seen, self.plan, self.request = seen, None, None
         self.progress = {layer: seen if at else 0 for layer, at in self.progress.items()}
-
-    def holders(self) -> tuple[dict[int, int], dict[int, int]]:
-        """Page → number of rows that list it, recomputed from the table: of open and of sealed pages."""
-        counts = Counter(page for row in self.rows for _, page in row.pages())
-        sealed = {page: count for page, count in counts.items() if page >= SEALED}
-        return {page: count for page, count in counts.items() if page < SEALED}, sealed

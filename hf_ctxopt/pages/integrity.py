@@ -14,7 +14,7 @@ logger = logging.getLogger(__name__)
 
 def violations(group: LayerGroup) -> list[str]:
     """Everything in which counters, table and storages disagree; empty when all is well."""
-    open_pages, sealed = group.holders()
+    open_pages, sealed = group.arena.holders()
     found = group.pool.violations(open_pages) + group.sealed.violations(sealed)
     for index, row in enumerate(group.rows):
         listed = [logical for logical, _ in row.pages()]
@@ -53,6 +53,6 @@ def check(group: LayerGroup, strict: bool) -> None:
         raise IntegrityError("; ".join(found))
     if found:
         logger.error("page accounts were wrong and have been rebuilt: %s", "; ".join(found))
-        open_pages, sealed = group.holders()
+        open_pages, sealed = group.arena.holders()
         group.pool.rebuild(open_pages)
         group.sealed.rebuild(sealed)

@@ -124,4 +124,4 @@ class Rig:
         group = self.group
         table = [(row.pad, row.length, row.lower, list(row.pages())) for row in group.rows if group.seen]
         content = [[self.held(row, layer) for row in range(len(group.rows))] for layer in group.storages]
-        return group.seen, dict(group.progress), table, content, group.nbytes, group.used
+        return group.seen, dict(group.progress), table, content, group.arena.nbytes, group.arena.used

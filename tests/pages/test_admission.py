@@ -42,7 +42,7 @@ class Hybrid:
 
     def picture(self) -> Any:
         rows = [[(r.length, r.lower, list(r.pages())) for r in group.rows] for group in self.groups]
-        return rows, [(g.seen, dict(g.progress), g.nbytes, g.pool.used, g.pool.capacity) for g in self.groups]
+        return rows, [(g.seen, dict(g.progress), g.arena.nbytes, g.pool.used, g.pool.capacity) for g in self.groups]
 
 
 @pytest.mark.parametrize("tokens", [3, 5, 30])
@@ -74,7 +74,7 @@ def test_a_first_step_that_wider_layers_turn_down_leaves_an_empty_cache() -> Non
     assert [(group.seen, group.pool.used) for group in cache.groups] == [(0, 0), (0, 0)]
     cache.step(2)
     assert [violations(group) for group in cache.groups] == [[], []]
-    assert sum(group.nbytes for group in cache.groups) <= 150 * ONE
+    assert sum(group.arena.nbytes for group in cache.groups) <= 150 * ONE
 
 
 def test_a_step_that_stopped_between_two_groups_is_noticed() -> None:

@@ -31,10 +31,10 @@ def test_bytes_of_a_full_window_follow_the_formula(sinks: int, window: int, page
     for start in range(0, 120, feed):
         rig.step(numbers(start * rows, rows, min(feed, 120 - start)))
         if start >= 60 and window > 1:  # of a chunk, a window of one token leaves nothing but the sinks
-            sizes.add(rig.group.nbytes)
+            sizes.add(rig.group.arena.nbytes)
     for start in (120, 121):
         rig.step(numbers(start * rows, rows, 1))
-        sizes.add(rig.group.nbytes)
+        sizes.add(rig.group.arena.nbytes)
     pages = rows * (-(-sinks // page) + -(-(window - 1) // page) + 1)
     assert sizes == {pages * page * 2 * TOKEN_BYTES}
 
@@ -47,16 +47,16 @@ def test_bytes_of_a_cache_that_keeps_everything_follow_what_is_expected() -> Non
     assert rig.group.pool.capacity == 8  # 30 tokens are 8 pages: growth does not overshoot them
     rig.step(numbers(30, 1, 4))
     assert rig.group.pool.capacity == 11  # the expectation was wrong: growth is as if there were none
-    assert rig.group.nbytes == 11 * 4 * 2 * TOKEN_BYTES
+    assert rig.group.arena.nbytes == 11 * 4 * 2 * TOKEN_BYTES
 
 
 def test_nothing_is_allocated_before_the_first_token_and_reset_gives_all_back() -> None:
     rig = Rig(SINKS)
-    assert (rig.group.nbytes, rig.group.page_bytes) == (0, 0)
+    assert (rig.group.arena.nbytes, rig.group.arena.page_bytes) == (0, 0)
     rig.step(numbers(0, 1, 30))
-    assert rig.group.page_bytes == 4 * 2 * TOKEN_BYTES
+    assert rig.group.arena.page_bytes == 4 * 2 * TOKEN_BYTES
     rig.group.reset()
-    assert (rig.group.nbytes, rig.group.seen, rig.group.pool.capacity, rig.group.rows) == (0, 0, 0, [])
+    assert (rig.group.arena.nbytes, rig.group.seen, rig.group.pool.capacity, rig.group.rows) == (0, 0, 0, [])
     rig.step(numbers(100, 1, 3))
     assert rig.held(0) == {0: 100, 1: 101, 2: 102}
 
@@ -73,7 +73,7 @@ def test_what_a_recorded_step_needed_is_given_back_and_nothing_is_lost() -> None
     rig.group.recording = False
     rig.step(numbers(48, 1, 1))
     assert rig.group.pool.capacity == full
-    assert rig.group.nbytes == full * 4 * 2 * TOKEN_BYTES
+    assert rig.group.arena.nbytes == full * 4 * 2 * TOKEN_BYTES
     assert [rig.held(0, layer) for layer in range(2)] == [{t: t for t in [0, 1, *range(43, 49)]}] * 2
     assert violations(rig.group) == []
 

@@ -109,7 +109,7 @@ def test_a_step_over_the_budget_changes_nothing(budget: int | str, room: int) ->
     assert rig.picture() == was
     rig.step(numbers(10, 1, 2))
     assert spans(rig.held(0)) == list(range(12))
-    assert rig.group.nbytes == 12 * 2 * TOKEN_BYTES
+    assert rig.group.arena.nbytes == 12 * 2 * TOKEN_BYTES
 
 
 def test_a_refused_step_evicts_nothing_and_the_last_one_can_still_be_taken_back() -> None:
@@ -138,7 +138,7 @@ def test_a_window_at_its_budget_never_runs_out() -> None:
     rig = Rig(SINKS, page_size=4, budget=16)  # exactly the bound of 4 pages
     for start in range(0, 300, 3):
         rig.step(numbers(start, 1, 3))
-    assert rig.group.nbytes == 16 * 2 * TOKEN_BYTES
+    assert rig.group.arena.nbytes == 16 * 2 * TOKEN_BYTES
 
 
 def test_a_forked_window_at_its_budget_never_runs_out() -> None:

@@ -134,7 +134,7 @@ class GroupMachine(RuleBasedStateMachine):
     def step_within_budget(self, queries: int, pages: int) -> None:
         ids, before, size = self.new_numbers(queries), self.rig.picture(), self.group.page_size
         budget = self.group.budget
-        budget.tokens = (sum(self.group.used) + pages) * size
+        budget.tokens = (sum(self.group.arena.used) + pages) * size
         try:
             self.rig.step(ids)
         except CacheFullError as error:
@@ -142,7 +142,7 @@ class GroupMachine(RuleBasedStateMachine):
             assert self.rig.picture() == before, "a refused step changed something"
             budget.tokens = None
             self.rig.step(ids)
-            used = sum(self.group.used) * size
+            used = sum(self.group.arena.used) * size
             if self.group.codecs is None:
                 assert used == error.needed, "a step was refused that needed less than it said"
             # Open pages that the step itself seals are there until it has done so.
@@ -252,7 +252,7 @@ class GroupMachine(RuleBasedStateMachine):
     def reset(self) -> None:
         for layer in self.rig.layers:
             layer.reset()
-        assert self.group.nbytes == 0
+        assert self.group.arena.nbytes == 0
         self.pads = [0] * len(self.pads)  # the padding was that of the text which is forgotten
         self.forget()
 
@@ -325,7 +325,7 @@ class GroupMachine(RuleBasedStateMachine):
             return
         for row in self.group.rows:
             self.group.release(page for _, page in row.pages())
-        assert self.group.used == (0, 0), "pages leaked"
+        assert self.group.arena.used == (0, 0), "pages leaked"
 
 
 class PoolMachine(RuleBasedStateMachine):
