@@ -22,7 +22,8 @@ from .errors import (
 from .integration.register import register, unregister
 
 if TYPE_CHECKING:
-    from .caches import PagedCache, SinkCache
+    from .caches import PagedCache, PrefixCache, SinkCache
+    from .caches.stores import drop_store, stores
     from .integration.build import make_cache
     from .integration.patch import patch_model, patched, unpatch_model
 
@@ -37,20 +38,26 @@ __all__ = [
     "IntegrityError",
     "InterruptedStepError",
     "PagedCache",
+    "PrefixCache",
     "SinkCache",
     "UnsupportedModelError",
     "__version__",
+    "drop_store",
     "make_cache",
     "patch_model",
     "patched",
     "register",
+    "stores",
     "unpatch_model",
     "unregister",
 ]
 
 _LAZY = {
     "PagedCache": ".caches",
+    "PrefixCache": ".caches",
     "SinkCache": ".caches",
+    "drop_store": ".caches.stores",
+    "stores": ".caches.stores",
     "make_cache": ".integration.build",
     "patch_model": ".integration.patch",
     "patched": ".integration.patch",

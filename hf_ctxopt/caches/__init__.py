@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from .base import PageCache
 from .paged import PagedCache
+from .prefix import PrefixCache
 from .sink import SinkCache
 
-CACHES: dict[str, type[PageCache]] = {cache.name: cache for cache in (PagedCache, SinkCache)}
+CACHES: dict[str, type[PageCache]] = {cache.name: cache for cache in (PagedCache, SinkCache, PrefixCache)}
 
-__all__ = ["CACHES", "PageCache", "PagedCache", "SinkCache"]
+__all__ = ["CACHES", "PageCache", "PagedCache", "PrefixCache", "SinkCache"]

@@ -11,6 +11,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicS
 
 from ..errors import ConfigError, InterruptedStepError, UnsupportedModelError
 from ..kernels.rotate import RotaryFacts
+from ..pages.arena import Arena
 from ..pages.budget import Budget
 from ..pages.group import LayerGroup
 from ..pages.integrity import check
@@ -65,12 +66,14 @@ class PageCache(DynamicCache, ABC):
         policies: dict[SinkWindow, list[int]] = {}
         for index, window in windows.items():
             policies.setdefault(self.policy(window, None not in windows.values()), []).append(index)
-        budget = Budget(options.budget)
+        codecs = [options.codecs(None if policy.most_held is None else policy.sinks) for policy in policies]
+        arenas = [Arena(layers, options.page_size, codec)
+                  for layers, codec in zip(policies.values(), codecs, strict=True)]  # fmt: skip
+        budget, arenas = self._pages(list(policies), arenas)
         self.groups = [
-            LayerGroup(layers, policy, options.page_size, budget, pads, expected,
-                       before_eviction if self.evicts(policy) else None,
-                       options.codecs(None if policy.most_held is None else policy.sinks))
-            for policy, layers in policies.items()
+            LayerGroup(arena.layers, policy, arena.page_size, budget, pads, expected,
+                       before_eviction if self.evicts(policy) else None, arena.codecs, arena)
+            for policy, arena in zip(policies, arenas, strict=True)
         ]  # fmt: skip
         layers = list(stock)
         for group in self.groups:
@@ -89,6 +92,10 @@ class PageCache(DynamicCache, ABC):
             model_window: the sliding window the model itself gives the layer; `None` for full attention.
             all_sliding: whether every layer of the model has one.
         """
+
+    def _pages(self, policies: Sequence[SinkWindow], arenas: list[Arena]) -> tuple[Budget, list[Arena]]:
+        """The limit and the pages of the layer groups: the cache's own, unless it shares them."""
+        return Budget(self.options.budget), arenas
 
     def evicts(self, policy: SinkWindow) -> bool:
         """Whether a group drops tokens that the model itself would still attend to."""

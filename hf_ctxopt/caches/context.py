@@ -43,6 +43,7 @@ class CacheContext:
         steps: steps begun by each route.
         fallbacks: detours from the fused route, by reason.
         graph: captures and replays of decode graphs, and steps that ran without one, by reason.
+        not_reused: prompts that were computed although a store could have had them, by reason.
         decoders: device state of one-token steps, by group and device.
         captured: the decode graph of this cache, if there is one (see `integration/decode_graph.py`).
         warmed: the key of the step whose kernels have run once and may be captured.
@@ -57,6 +58,7 @@ class CacheContext:
     steps: Counter[str] = field(default_factory=Counter)
     fallbacks: Counter[str] = field(default_factory=Counter)
     graph: Counter[str] = field(default_factory=Counter)
+    not_reused: Counter[str] = field(default_factory=Counter)
     decoders: dict[tuple[LayerGroup, torch.device], DecodeState] = field(default_factory=dict)
     captured: Any = None
     warmed: Any = None
@@ -69,7 +71,7 @@ class CacheContext:
         memo.setdefault(id(self.config), self.config)
         twin = CacheContext(memo[id(self.config)])
         memo[id(self)] = twin
-        for name in ("ledger", "groups", "steps", "fallbacks", "graph", "decoders"):
+        for name in ("ledger", "groups", "steps", "fallbacks", "graph", "not_reused", "decoders"):
             setattr(twin, name, copy.deepcopy(getattr(self, name), memo))
         return twin
 
@@ -89,6 +91,10 @@ class CacheContext:
     def stay_eager(self, reason: str) -> None:
         """Count a one-token step that no decode graph replays, and log each reason once per process."""
         self._note(self.graph, f"eager: {reason}", "no decode graph: %s")
+
+    def compute_all(self, reason: str) -> None:
+        """Count a prompt that no store was asked about, and log each reason once per process."""
+        self._note(self.not_reused, reason, "prompt computed without a look into the prefix store: %s")
 
     def fall_back(self, reason: str) -> None:
         """Count a detour from the fused route, and log each reason once per process."""

@@ -13,6 +13,7 @@ from ..errors import ConfigError
 from ..pages.budget import Budget
 from ..pages.codec import Codec
 from ..pages.sealed import Codecs
+from ..policies.priority import DEFAULT_PRIORITY, Retention, check_priority
 
 _Options = TypeVar("_Options", bound="PageOptions")
 
@@ -148,3 +149,53 @@ class SinkOptions(PageOptions):
         limit = Budget(self.budget).tokens
         if limit is not None and limit < self.sinks + self.window:
             raise ConfigError("budget", limit, f"at least sinks + window = {self.sinks + self.window} tokens")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrefixOptions(PageOptions):
+    """Options of `ctx_prefix`.
+
+    Args:
+        store: name of the store whose pages are shared, in this process; `None` shares nothing between calls.
+        salt: texts of another salt are never found. Give every tenant its own.
+        budget: of the whole store; what is needed least goes when it is full.
+        priorities: worth of the prompt's tokens, 0 to 100: a list of `[start, end, priority]` or of dictionaries with
+            `start`, `end`, `priority` and `duration` in seconds (see `policies/priority.py`).
+        decode_priority: worth of generated tokens.
+        decode_duration: seconds for which that holds; `None` for ever.
+        steps_to_next: turns of other agents until this text is expected to go on; of equal priorities, the text that
+            goes on latest goes first.
+        cpu_budget: bytes of host memory for pages that are pushed out of a full budget; `None` drops them.
+        offload_priority: least priority of a page that is worth a place there.
+    """
+
+    store: str | None = None
+    salt: str = ""
+    budget: int | str | None = "1GiB"
+    priorities: Any = None
+    decode_priority: int = DEFAULT_PRIORITY
+    decode_duration: float | None = None
+    steps_to_next: int | None = None
+    cpu_budget: str | None = None
+    offload_priority: int = 30
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.store is not None and (not isinstance(self.store, str) or not self.store):
+            raise ConfigError("store", self.store, "None or the name of a store")
+        if not isinstance(self.salt, str):
+            raise ConfigError("salt", self.salt, "a string")
+        if self.steps_to_next is not None:
+            check_int("steps_to_next", self.steps_to_next, 0)
+        if self.cpu_budget is not None and (not isinstance(self.cpu_budget, str)):
+            raise ConfigError("cpu_budget", self.cpu_budget, 'None, or bytes as text such as "4GiB"')
+        Budget(self.cpu_budget)
+        check_priority("offload_priority", self.offload_priority)
+        retention = Retention.parse(self.priorities, self.decode_priority, self.decode_duration)
+        object.__setattr__(self, "_retention", retention)
+
+    @property
+    def retention(self) -> Retention:
+        """The priorities, parsed."""
+        found: Retention = vars(self)["_retention"]
+        return found

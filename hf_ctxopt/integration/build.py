@@ -12,9 +12,11 @@ from transformers.modeling_utils import PreTrainedModel
 
 from ..caches import CACHES
 from ..caches.base import PageCache
-from ..caches.options import PageOptions, SinkOptions
+from ..caches.options import PageOptions, PrefixOptions, SinkOptions
+from ..caches.prefix import PrefixCache
 from ..errors import ConfigError, UnsupportedModelError
 from .compat import check_caches
+from .fingerprint import place_of
 from .positions import PositionGuard, padding_of
 from .rope import PositionFacts, decoder_of, position_facts, takes_positions
 
@@ -27,7 +29,7 @@ def make_cache(model: nn.Module, name: str, *, attention_mask: Tensor | None = N
 
     Args:
         model: a transformers model.
-        name: `"ctx_paged"` or `"ctx_sink"`.
+        name: `"ctx_paged"`, `"ctx_sink"` or another key of `CACHES`.
         attention_mask: `(batch, seq)` of a left-padded batch; tells each row's first real token.
         **options: the cache's options (`page_size`, `budget`, `window`, `sinks` …).
 
@@ -80,6 +82,8 @@ def build_cache(
     """
     check_caches(transformers.cache_utils)
     config: Any = model.config
+    if isinstance(options, PrefixOptions):
+        return PrefixCache(config, options, pads=pads, expected=expected, place=place_of(model))
     if not isinstance(options, SinkOptions):
         return CACHES[name](config, options, pads=pads, expected=expected)
     facts = position_facts(model)

@@ -66,6 +66,11 @@ def check_generation(module: ModuleType) -> None:
     found = tuple(parameter.name for parameter in parameters)
     wrapped = any(parameter.kind is parameter.VAR_POSITIONAL for parameter in parameters)  # by somebody else
     _need(wrapped or found == _PREPARE_ARGUMENTS, f"GenerationMixin.{PREPARE_CACHE} takes {found}")
+    for name in ("_prefill", "_sample", "_beam_search", "_assisted_decoding"):
+        _need(callable(getattr(module.GenerationMixin, name, None)), f"GenerationMixin.{name} is gone")
+    prefill = inspect.unwrap(module.GenerationMixin._prefill)
+    names = tuple(inspect.signature(prefill).parameters)[1:4]
+    _need(names == ("input_ids", "generation_config", "model_kwargs"), f"GenerationMixin._prefill takes {names}")
     _need(hasattr(module.GenerationMixin, "_supports_default_dynamic_cache"),
           "GenerationMixin._supports_default_dynamic_cache is gone")  # fmt: skip
 

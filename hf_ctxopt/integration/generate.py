@@ -77,7 +77,7 @@ def _new(
         return EncoderDecoderCache(cache, DynamicCache(config=model.config.get_text_config(decoder=True)))
     prompt = _prompt_length(mask, generation_config)
     _announce(cache, prompt)
-    if _only_text(model_kwargs):
+    if only_text(model_kwargs):
         _chunk(model, generation_config, cache, prompt)
     return cache
 
@@ -97,8 +97,8 @@ def _continue(model: Any, given: Any, generation_config: Any, model_kwargs: dict
         if not group.seen:
             group.pads = padding_of(mask)
     _announce(cache, _prompt_length(mask, generation_config))
-    text = not model.config.is_encoder_decoder and _only_text(model_kwargs)
-    if text and _slices_chunks(cache.get_seq_length()):
+    text = not model.config.is_encoder_decoder and only_text(model_kwargs)
+    if text and slices_chunks(cache.get_seq_length()):
         total = _prompt_length(model_kwargs.get("attention_mask"), generation_config)
         new = None if total is None else total - cache.get_seq_length()
         _chunk(model, generation_config, cache, new)
@@ -114,12 +114,12 @@ def _announce(cache: PageCache, prompt: int | None) -> None:
 _TEXT_INPUTS = ("attention_mask", "position_ids", "token_type_ids", "cache_position")
 
 
-def _only_text(model_kwargs: dict[str, Any]) -> bool:
+def only_text(model_kwargs: dict[str, Any]) -> bool:
     """Whether the prompt is token ids alone: transformers splits nothing else into chunks."""
     return not any(isinstance(value, Tensor) and name not in _TEXT_INPUTS for name, value in model_kwargs.items())
 
 
-def _slices_chunks(seen: int) -> bool:
+def slices_chunks(seen: int) -> bool:
     """Whether chunked prefill feeds only the new tokens; transformers 5.17 feeds all of them again."""
     import transformers
 

@@ -7,6 +7,7 @@ somebody imports them, and edits them then. Modules that are loaded already are 
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.util
 import sys
 from collections.abc import Callable, Sequence
@@ -16,12 +17,19 @@ from threading import RLock
 from types import ModuleType
 from typing import Any
 
-NAMES = ("ctx_paged", "ctx_sink")
+NAMES = ("ctx_paged", "ctx_sink", "ctx_prefix")
 _ATTENTION = "ctxopt"
 _lock = RLock()
 
 Method = Callable[..., Any]
-_wrapped: list[tuple[Method, Method]] = []  # at most one: the original method and the wrapper put in its place
+_WRAPPERS = {
+    "_prepare_cache_for_generation": ("generate", "wrap_prepare_cache"),
+    "_prefill": ("prefill", "wrap_prefill"),
+    "_sample": ("prefill", "wrap_decoding"),
+    "_beam_search": ("prefill", "wrap_decoding"),
+    "_assisted_decoding": ("prefill", "wrap_decoding"),
+}
+_wrapped: dict[str, tuple[Method, Method]] = {}  # by name: the original method and the wrapper put in its place
 
 
 def _add_names(module: ModuleType) -> None:
@@ -38,39 +46,39 @@ def _remove_names(module: ModuleType) -> None:
 
 
 def _wrap_generation(module: ModuleType) -> None:
-    from .compat import PREPARE_CACHE, check_generation
+    from .compat import check_generation
 
     check_generation(module)
-    method = getattr(module.GenerationMixin, PREPARE_CACHE)
-    # Somebody else's method, once we are in place, is taken to wrap ours; the original means we were taken out.
-    if not _wrapped or method is _wrapped[0][0]:
-        _wrapped[:] = [(method, _late(method))]
-        setattr(module.GenerationMixin, PREPARE_CACHE, _wrapped[0][1])
+    for name in _WRAPPERS:
+        method = getattr(module.GenerationMixin, name)
+        # Somebody else's method, once we are in place, is taken to wrap ours; the original means we were taken out.
+        if name not in _wrapped or method is _wrapped[name][0]:
+            _wrapped[name] = (method, _late(name, method))
+            setattr(module.GenerationMixin, name, _wrapped[name][1])
 
 
-def _late(original: Method) -> Method:
+def _late(name: str, original: Method) -> Method:
     """The wrapper, built on its first call: its own imports need transformers fully loaded."""
     built: list[Method] = []
 
     @functools.wraps(original)
-    def prepare_cache(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
         if _finder not in sys.meta_path:
             return original(self, *args, **kwargs)
         if not built:
-            from .generate import wrap_prepare_cache
-
-            built.append(wrap_prepare_cache(original))
+            room, function = _WRAPPERS[name]
+            built.append(getattr(importlib.import_module(f".{room}", __package__), function)(original))
         return built[0](self, *args, **kwargs)
 
-    return prepare_cache
+    return wrapper
 
 
 def _unwrap_generation(module: ModuleType) -> None:
-    from .compat import PREPARE_CACHE
-
     # Where somebody has wrapped our wrapper since, it stays inside theirs and only calls on (see `_late`).
-    if _wrapped and getattr(module.GenerationMixin, PREPARE_CACHE) is _wrapped[0][1]:
-        setattr(module.GenerationMixin, PREPARE_CACHE, _wrapped.pop()[0])
+    for name, (original, wrapper) in list(_wrapped.items()):
+        if getattr(module.GenerationMixin, name) is wrapper:
+            setattr(module.GenerationMixin, name, original)
+            del _wrapped[name]
 
 
 def _attention(*args: Any, **kwargs: Any) -> Any:

@@ -62,6 +62,7 @@ def admit(groups: Sequence[LayerGroup], arriving: LayerGroup, keys: Tensor, valu
             "call cache.settle() before the next one"
         )
     for group in groups:
+        group.arena.collect()
         if not group.storages and not group.arena.page_bytes:
             group.arena.expect_page_bytes(size)
     requests = [_request(group, keys.shape[0], keys.shape[-2]) for group in asking]
@@ -69,7 +70,8 @@ def admit(groups: Sequence[LayerGroup], arriving: LayerGroup, keys: Tensor, valu
         if request.evicting and group.before_eviction is not None:
             group.before_eviction()
     try:
-        _make_room(groups, dict(zip(map(id, asking), requests, strict=True)))
+        needed = {id(group): request.pages for group, request in zip(asking, requests, strict=True)}
+        make_room(groups, needed, len(requests[0].rows))
     except BaseException:
         if asking is not groups:  # the others have begun the first step: an empty cache is what there was
             for group in groups:
@@ -158,34 +160,62 @@ def _rehearse(group: LayerGroup, rows: list[Row], ends: list[int], keep: list[in
     return Pages(group.pool.used + taken[False], group.sealed.used + taken[True])
 
 
-def _make_room(groups: Sequence[LayerGroup], requests: dict[int, StepRequest]) -> None:
-    """Grow the groups that need it. All limits are checked before the first allocation."""
-    sizes = {id(group): group.arena.capacity for group in groups}
-    growing = []
-    for group in groups:
-        have, need = sizes[id(group)], requests[id(group)].pages if id(group) in requests else Pages(0, 0)
-        if need.open > have.open or need.sealed > have.sealed:
-            growing.append(group)
-            sizes[id(group)] = Pages(max(have.open, need.open), max(have.sealed, need.sealed))
-    smaller = []
-    for group in growing:
-        if _over(group, groups, sizes) and group.codecs is not None:
-            # Open pages that an earlier step needed can go to make room for sealed ones.
-            least = max(group.pool.used, requests[id(group)].pages.open)
-            sizes[id(group)] = sizes[id(group)]._replace(open=least)
-            smaller.append(group)
-        if _over(group, groups, sizes):
-            size, room = group.page_size, _room(group, groups, sizes) or 0
-            needed = sum(sizes[id(group)]) * size
-            raise CacheFullError(needed, room * size, "raise `budget`, or use a smaller `window`")
+def make_room(groups: Sequence[LayerGroup], needed: dict[int, Pages], rows: int) -> None:
+    """Grow the groups that need it. All limits are checked before the first allocation.
+
+    Args:
+        groups: all layer groups of the cache.
+        needed: pages in use after what is to come, by `id` of the group.
+        rows: rows of the batch.
+
+    Raises:
+        CacheFullError: the budget has no room, and nobody who shares the pages has any to give up.
+    """
+    while True:
+        try:
+            sizes, growing, smaller = _sizes(groups, needed)
+            break
+        except CacheFullError as full:
+            before = {id(group): group.arena.used for group in groups}
+            reclaim, size = groups[0].arena.reclaim, groups[0].page_size
+            if reclaim is None or not reclaim(-(-(full.needed - full.room) // size)):
+                raise
+            for group in groups:
+                freed = Pages(*(a - b for a, b in zip(before[id(group)], group.arena.used, strict=True)))
+                if id(group) in needed:
+                    have = needed[id(group)]
+                    needed = needed | {id(group): Pages(have.open - freed.open, have.sealed - freed.sealed)}
     for group in smaller:
         if group.pool.capacity > sizes[id(group)].open:
             compact_open(group.arena, sizes[id(group)].open)
     for group in growing:
-        rows = len(requests[id(group)].rows)
         sizes[id(group)] = with_slack(group, rows, sizes[id(group)], partial(_most, group, groups, sizes))
     for group in growing:
         resize(group.arena, sizes[id(group)])
+
+
+def _sizes(
+    groups: Sequence[LayerGroup], needed: dict[int, Pages]
+) -> tuple[dict[int, Pages], list[LayerGroup], list[LayerGroup]]:
+    """Pages each group must have; the groups that grow for it, and those of them that give open pages back for it."""
+    sizes = {id(group): group.arena.capacity for group in groups}
+    growing, smaller = [], []
+    for group in groups:
+        have, need = sizes[id(group)], needed.get(id(group), Pages(0, 0))
+        if need.open > have.open or need.sealed > have.sealed:
+            growing.append(group)
+            sizes[id(group)] = Pages(max(have.open, need.open), max(have.sealed, need.sealed))
+    for group in growing:
+        if _over(group, groups, sizes) and group.codecs is not None:
+            # Open pages that an earlier step needed can go to make room for sealed ones.
+            least = max(group.pool.used, needed[id(group)].open)
+            sizes[id(group)] = sizes[id(group)]._replace(open=least)
+            smaller.append(group)
+        if _over(group, groups, sizes):
+            size, room = group.page_size, _room(group, groups, sizes) or 0
+            full = sum(sizes[id(group)]) * size
+            raise CacheFullError(full, room * size, "raise `budget`, or use a smaller `window`")
+    return sizes, growing, smaller
 
 
 def _most(

@@ -7,7 +7,7 @@ own rows, and the store's tree lists pages as well. Every listing is one referen
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 from .plan import Pages
@@ -57,6 +57,7 @@ class Arena:
     Attributes:
         storage_version: grows whenever a layer's storage lies elsewhere.
         listings: whoever lists pages.
+        reclaim: asked for so many pages when the budget has no room for a step; returns whether it freed any.
     """
 
     def __init__(
@@ -67,6 +68,7 @@ class Arena:
         self.storages: dict[int, LayerStorage] = {}
         self.storage_version = 0
         self.listings: list[Listing] = []
+        self.reclaim: Callable[[int], bool] | None = None
         self._left: deque[Listing] = deque()
         self._guess = Pages(0, 0)  # bytes of one layer's pages
 

@@ -1,0 +1,212 @@
+"""`ctx_prefix`: everything is kept, and equal beginnings of texts are computed once.
+
+Source: RadixAttention (Zheng et al. 2023, arXiv 2312.07104), range priorities as in TensorRT-LLM
+(`KvCacheRetentionConfig`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from typing import Any
+
+from ..errors import CacheFullError
+from ..pages.admission import make_room
+from ..pages.arena import Arena
+from ..pages.budget import Budget
+from ..pages.group import LayerGroup
+from ..pages.plan import Pages
+from ..pages.pool import SEALED
+from ..pages.rows import Row
+from ..policies.sink_window import SinkWindow
+from .base import PageCache
+from .options import PageOptions, PrefixOptions
+from .store import Found, PrefixStore
+from .stores import store_named
+
+
+class PrefixCache(PageCache):
+    """One call's rows over the pages of a store. Sliding layers of the model keep their own window.
+
+    What is reused is decided by `integration/prefill.py`, which knows the tokens.
+
+    Args:
+        config: see `PageCache`.
+        options: the cache's options.
+        place: dtype and devices of the model: pages of another are not interchangeable.
+        store: whose pages are used; `None` for the one that the options name.
+        **rest: see `PageCache`.
+
+    Attributes:
+        namespace: model and salt, whose texts are found; `None` until the first prompt.
+    """
+
+    name = "ctx_prefix"
+    options_type = PrefixOptions
+    options: PrefixOptions
+
+    def __init__(
+        self, config: Any, options: PageOptions, *, place: Hashable = None, store: PrefixStore | None = None,
+        **rest: Any,
+    ) -> None:  # fmt: skip
+        self.config, self.place = config, place
+        self.namespace: Hashable = None
+        self.store = store if store is not None else store_named(getattr(options, "store", None))
+        super().__init__(config, options, **rest)
+        self.lease = self.store.lease(self)
+        self.prompt_tokens = self.reused_tokens = 0
+
+    def policy(self, model_window: int | None, all_sliding: bool) -> SinkWindow:
+        """Everything, or what the model's own window can still see."""
+        return SinkWindow(window=model_window)
+
+    def _pages(self, policies: Sequence[SinkWindow], arenas: list[Arena]) -> tuple[Budget, list[Arena]]:
+        def made() -> list[Arena]:
+            for arena in arenas:
+                arena.shared = True
+            return arenas
+
+        config, horizons = self.context.config, [None if p.most_held is None else p.horizon for p in policies]
+        heads = tuple(getattr(config, name, None) for name in _SHAPE)
+        layout = (heads, tuple((arena.layers, p, arena.codecs) for arena, p in zip(arenas, policies, strict=True)),
+                  self.options.page_size, self.place)  # fmt: skip
+        found = self.store.open(layout, made, horizons, self.options.page_size, Budget(self.options.budget))
+        return self.store.budget, found
+
+    # ---- reuse
+
+    def find(self, tokens: Sequence[int]) -> Found:
+        """What the store has of a row's text. Begun pages count where they are not quantized."""
+        return self.store.find(self.namespace, tokens, partial=all(group.codecs is None for group in self.groups))
+
+    def adopt(self, found: Sequence[Found], seen: int) -> bool:
+        """Begin with `seen` columns whose pages the store has.
+
+        Args:
+            found: what it has of each row: at least the row's tokens among those columns.
+            seen: columns of the batch, left padding included.
+
+        Returns:
+            Whether that was possible; otherwise nothing has changed.
+        """
+        pads = self.groups[0].pads or [0] * len(found)
+        rows = [[_row(group, index, one, pad, seen) for one, pad in zip(found, pads, strict=True)]
+                for index, group in enumerate(self.groups)]  # fmt: skip
+        self.store.hold(self.lease, [one.node for one in found])
+        for group, group_rows in zip(self.groups, rows, strict=True):
+            group.arena.share(page for row in group_rows for _, page in row.pages())
+            group.rows = group_rows
+        try:
+            begun = seen and [[row.length % group.page_size != 0 for row in group.rows] for group in self.groups]
+            copies = [sum(flags) for flags in begun or []]
+            if any(copies):
+                needed = {
+                    id(group): Pages(group.arena.used.open + count, group.arena.used.sealed)
+                    for group, count in zip(self.groups, copies, strict=True)
+                }
+                make_room(self.groups, needed, len(found))
+        except CacheFullError:
+            self.release()
+            return False
+        for group in self.groups:
+            for row in group.rows:
+                _own(group, row)
+            group.seen, group.progress = seen, dict.fromkeys(group.layers, seen)
+        return True
+
+    def keep(self, row: int, tokens: Sequence[int], generated: int = 0) -> None:
+        """Give a row's whole pages to the store.
+
+        Args:
+            row: index in the batch.
+            tokens: the row's text, padding excluded.
+            generated: how many of its last tokens were generated.
+        """
+        pages = self._whole_pages(row, len(tokens))
+        if not pages:
+            return
+        count, size = len(pages), self.store.page_size
+        retention = self.options.retention
+        priorities, durations = retention.of_pages(size, count * size, len(tokens) - generated)
+        node = self.store.keep(self.namespace, tokens[: count * size], pages, priorities, durations,
+                               self.options.steps_to_next)  # fmt: skip
+        self.store.hold(self.lease, [*self.lease.nodes, node])
+
+    def _whole_pages(self, row: int, tokens: int) -> list[list[int | None]]:
+        listed = [dict(group.rows[row].pages()) for group in self.groups]
+        found: list[list[int | None]] = []
+        for logical in range(tokens // self.store.page_size):
+            pages = [pages.get(logical) for pages in listed]
+            for group, page in zip(self.groups, pages, strict=True):
+                waiting = page is not None and page < SEALED and group.codecs is not None
+                if (page is None and group.policy.most_held is None) or (
+                    waiting and group.codecs is not None and logical >= group.codecs.open_first
+                ):
+                    return found  # full, but not yet as it will stay
+            found.append(pages)
+        return found
+
+    def sibling(self, expected: int) -> PrefixCache:
+        """An empty cache for one row of the same model over the same store."""
+        twin = PrefixCache(self.config, self.options, place=self.place, expected=expected, store=self.store)
+        twin.namespace = self.namespace
+        twin.context.config = self.context.config
+        return twin
+
+    def count(self, prompt: int, reused: int) -> None:
+        """A prompt of so many tokens has begun, of which so many need not be computed."""
+        self.prompt_tokens += prompt
+        self.reused_tokens += reused
+        self.store.counts["prompt_tokens"] += prompt
+        self.store.counts["reused_tokens"] += reused
+
+    def release(self) -> None:
+        """Give the pages back to the store; the cache is empty then."""
+        for group in self.groups:
+            group.reset()
+        self.context.forget_graph()
+        self.context.decoders.clear()
+        self.store.end(self.lease)
+        self.lease = self.store.lease(self)
+
+    def stats(self) -> dict[str, Any]:
+        """What the cache holds and how it was read, with the store's figures."""
+        own = {"prompt_tokens": self.prompt_tokens, "reused_tokens": self.reused_tokens,
+               "not_reused": dict(self.context.not_reused), "store": self.store.stats()}  # fmt: skip
+        return {**super().stats(), "prefix": own}
+
+    def check_integrity(self) -> None:
+        """Walk every table and the store's tree, and recompute every counter."""
+        super().check_integrity()
+        self.store.check_integrity()
+
+
+_SHAPE = ("model_type", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim")
+
+
+def _row(group: LayerGroup, index: int, found: Found, pad: int, seen: int) -> Row:
+    """A row over the found pages; a begun last page is still the store's own."""
+    length = max(0, seen - pad)
+    row = Row(pad, length, group.policy.horizon(length) if length else 0)
+    row.sealed = length // group.page_size if group.codecs is not None else 0
+    for pages in group.wanted_pages(length, row.lower):
+        for logical in pages:
+            page = found.slot(logical).pages[index]
+            if page is None:
+                raise ValueError(f"page {logical} of arena {index} was dropped")
+            row.add(logical, page)
+    return row
+
+
+def _own(group: LayerGroup, row: Row) -> None:
+    """Exchange a begun last page for a copy: the row will write into it."""
+    logical = row.length // group.page_size
+    page = row.page_of(logical) if row.length % group.page_size else None
+    if page is None:
+        return
+    copy = group.pool.take(1, page if page < SEALED else None)[0]
+    for storage in group.storages.values():
+        if page < SEALED:
+            storage.copy_pages([(page, copy)])
+        else:
+            storage.reopen(page, copy)
+    group.replace(row, logical, copy)

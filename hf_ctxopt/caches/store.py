@@ -1,0 +1,338 @@
+"""A prefix store: pages of earlier texts under a radix tree, shared by all caches that name the store.
+
+Source of the scheme: RadixAttention (Zheng et al. 2023, arXiv 2312.07104; SGLang, `mem_cache/radix_cache.py`). What a
+hit is where some layers slide follows vLLM's rule for hybrid models: a sliding layer needs only its window.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+import weakref
+from collections import Counter, deque
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..errors import ConfigError, IntegrityError
+from ..pages.arena import Arena
+from ..pages.budget import Budget
+from ..pages.group import LayerGroup
+from ..pages.radix import Node, RadixTree
+
+Horizon = Callable[[int], int]
+"""Oldest token that the query at a token may see (see `group.Retention`)."""
+
+
+@dataclass(eq=False)
+class Slot:
+    """One page of text: its page in each arena; `None` where a sliding layer's was dropped."""
+
+    pages: list[int | None]
+
+
+class _Listed:
+    """The tree's pages in one arena (see `arena.Listing`)."""
+
+    def __init__(self, tree: RadixTree[Slot], index: int) -> None:
+        self._tree, self._index = tree, index
+
+    def _slots(self) -> Iterable[Slot]:
+        return (slot for node in self._tree.walk() for slot in node.items)
+
+    def listed(self) -> Iterable[int]:
+        return (page for slot in self._slots() if (page := slot.pages[self._index]) is not None)
+
+    def renumber(self, places: Mapping[int, int]) -> None:
+        for slot in self._slots():
+            page = slot.pages[self._index]
+            if page is not None:
+                slot.pages[self._index] = places.get(page, page)
+
+
+@dataclass(frozen=True)
+class Found:
+    """What the store has of one text.
+
+    Args:
+        slots: its first whole pages.
+        tail: a page that goes on like the text for some tokens more, and how many.
+        page_size: tokens of a page.
+        node: the tree's node to lock while the pages are used; `None` where nothing was found.
+    """
+
+    slots: list[Slot]
+    tail: tuple[Slot, int] | None
+    page_size: int
+    node: Node[Slot] | None = None
+
+    @property
+    def tokens(self) -> int:
+        """Tokens found."""
+        return len(self.slots) * self.page_size + (self.tail[1] if self.tail is not None else 0)
+
+    def slot(self, page: int) -> Slot:
+        """The slot of a logical page, of the begun one behind the whole ones too."""
+        if page < len(self.slots) or self.tail is None:
+            return self.slots[page]
+        return self.tail[0]
+
+    def longest(self, groups: Sequence[LayerGroup], most: int) -> int:
+        """The longest beginning, at most `most` tokens, whose pages every layer still has as far as it looks back."""
+        size, tokens = self.page_size, min(most, self.tokens)
+        while tokens > 0:
+            last = (tokens - 1) // size
+            gap = max(
+                (self._last_gap(index, group.policy.horizon(tokens) // size, last)
+                 for index, group in enumerate(groups)), default=-1,
+            )  # fmt: skip
+            if gap < 0:
+                break
+            tokens = gap * size  # nothing that needs this page can be served
+        return tokens
+
+    def _last_gap(self, index: int, first: int, last: int) -> int:
+        return next((page for page in range(last, first - 1, -1) if self.slot(page).pages[index] is None), -1)
+
+
+class Lease:
+    """The nodes that one cache keeps locked; it may outlive the cache until the store notices."""
+
+    def __init__(self) -> None:
+        self.nodes: list[Node[Slot]] = []
+
+
+class PrefixStore:
+    """Pages and tree of one store.
+
+    Args:
+        name: what callers name it by.
+        clock: seconds, for priorities that end.
+    """
+
+    def __init__(self, name: str, clock: Callable[[], float] = time.monotonic) -> None:
+        self.name, self.clock = name, clock
+        self.lock = threading.RLock()
+        self.layout: Hashable = None
+        self.page_size = 0
+        self.budget = Budget()
+        self.arenas: list[Arena] = []
+        self.horizons: list[Horizon | None] = []
+        self.tree: RadixTree[Slot] = RadixTree(1, clock=clock)
+        self.counts: Counter[str] = Counter()
+        self._leases: list[Lease] = []
+        self._left: deque[Lease] = deque()
+
+    # ---- who uses it
+
+    def open(
+        self,
+        layout: Hashable,
+        arenas: Callable[[], list[Arena]],
+        horizons: Sequence[Horizon | None],
+        page_size: int,
+        budget: Budget,
+    ) -> list[Arena]:
+        """The arenas for caches of one layout; made anew if the store holds nothing of another.
+
+        Args:
+            layout: what must be equal for pages to be exchangeable: layers, heads, page size, codecs, dtype, devices.
+            arenas: makes them.
+            horizons: per arena, how far its layers look back; `None` for full attention.
+            page_size: tokens of a page.
+            budget: the newest caller's limit.
+
+        Raises:
+            ConfigError: the store holds pages of another layout.
+        """
+        with self.lock:
+            self.collect()
+            if self.layout != layout:
+                if any(arena.used != (0, 0) for arena in self.arenas):
+                    allowed = "a name of its own for each model and page layout; `hf_ctxopt.stores()` lists the names"
+                    raise ConfigError("store", self.name, allowed)
+                self.layout, self.page_size, self.arenas = layout, page_size, arenas()
+                self.horizons = list(horizons)
+                self.tree = RadixTree(page_size, clock=self.clock)
+                for index, arena in enumerate(self.arenas):
+                    arena.listings.append(_Listed(self.tree, index))
+                    arena.reclaim = self.reclaim
+            self.budget.tokens, self.budget.nbytes = budget.tokens, budget.nbytes
+            return self.arenas
+
+    def lease(self, cache: object) -> Lease:
+        """A lease that ends with the cache, if not before."""
+        lease = Lease()
+        self._leases.append(lease)
+        weakref.finalize(cache, self._left.append, lease)
+        return lease
+
+    def hold(self, lease: Lease, nodes: Iterable[Node[Slot] | None]) -> None:
+        """Lock these nodes for the lease, in place of those it held."""
+        before, lease.nodes = lease.nodes, [node for node in nodes if node is not None]
+        for node in lease.nodes:
+            self.tree.lock(node)
+        for node in before:
+            self.tree.unlock(node)
+
+    def end(self, lease: Lease) -> None:
+        """The lease is over."""
+        if lease in self._leases:
+            self._leases.remove(lease)
+            self.hold(lease, [])
+
+    def collect(self) -> None:
+        """End the leases and take back the pages of caches that are gone."""
+        with self.lock:
+            while self._left:
+                self.end(self._left.popleft())
+            for arena in self.arenas:
+                arena.collect()
+
+    # ---- prefixes
+
+    def find(self, namespace: Hashable, tokens: Sequence[int], partial: bool = True) -> Found:
+        """What the store has of the text, but for its last token: one is always left to compute.
+
+        Args:
+            namespace: model and salt.
+            tokens: the text.
+            partial: whether a page that only begins like the text counts.
+        """
+        match = self.tree.match(namespace, tokens, limit=len(tokens) - 1)
+        tail = match.partial if partial else None
+        return Found(list(match.items), tail, self.page_size, match.node if match.items or tail else None)
+
+    def keep(
+        self,
+        namespace: Hashable,
+        tokens: Sequence[int],
+        pages: Sequence[Sequence[int | None]],
+        priorities: Sequence[int | None] | None = None,
+        durations: Sequence[float | None] | None = None,
+        steps_to_next: int | None = None,
+    ) -> Node[Slot]:
+        """Take whole pages of a text into the tree, which then is one more holder of those that it did not have.
+
+        Args:
+            namespace: model and salt.
+            tokens: the text; whole pages of it.
+            pages: per page of text, its page in each arena.
+            priorities: per page, 0 to 100.
+            durations: per page, seconds for which the priority holds.
+            steps_to_next: turns of other agents until this text is expected to go on.
+        """
+        fresh = [Slot(list(per_arena)) for per_arena in pages]
+        inserted = self.tree.insert(
+            namespace, tokens, fresh, priorities=priorities, durations=durations, steps_to_next=steps_to_next,
+            merge=self._merge,
+        )  # fmt: skip
+        for slot in fresh[inserted.existing :]:
+            for arena, page in zip(self.arenas, slot.pages, strict=True):
+                if page is not None:
+                    arena.share([page])
+        return inserted.node
+
+    def _merge(self, old: Slot, new: Slot) -> Slot:
+        """Pages of sliding layers that were dropped since come back."""
+        for index, page in enumerate(new.pages):
+            if old.pages[index] is None and page is not None:
+                old.pages[index] = page
+                self.arenas[index].share([page])
+        return old
+
+    # ---- memory
+
+    def reclaim(self, pages: int) -> bool:
+        """Give up what was used longest ago until about so many pages are free; whether any was given up.
+
+        Pages of sliding layers that no hit at the end of a kept text needs go first, then leaves of the tree.
+        """
+        self.collect()
+        if self._drop_interior(pages):
+            return True
+        gone = self.tree.evict(pages)
+        self._forget(gone)
+        self.counts["evicted_pages"] += len(gone)
+        return bool(gone)
+
+    def _drop_interior(self, wanted: int) -> int:
+        dropped = 0
+        for index, (arena, horizon) in enumerate(zip(self.arenas, self.horizons, strict=True)):
+            if horizon is None:
+                continue
+            for node in sorted(self.tree.walk(), key=lambda node: node.last_use):
+                first = node.end // self.page_size - len(node.items)
+                needed = horizon(node.end) // self.page_size
+                for slot in node.items[: max(0, needed - first)]:
+                    page = slot.pages[index]
+                    if page is None or arena.pool_of(page).references(page) > 1:
+                        continue
+                    slot.pages[index] = None
+                    arena.release([page])
+                    dropped += 1
+                    if dropped >= wanted:
+                        self.counts["dropped_pages"] += dropped
+                        return dropped
+        self.counts["dropped_pages"] += dropped
+        return dropped
+
+    def _forget(self, slots: Iterable[Slot]) -> None:
+        for slot in slots:
+            for arena, page in zip(self.arenas, slot.pages, strict=True):
+                if page is not None:
+                    arena.release([page])
+
+    def clear(self) -> None:
+        """Forget every text. Pages that a living cache uses stay until it is gone; the memory goes if none does."""
+        with self.lock:
+            self.collect()
+            for lease in self._leases:
+                self.hold(lease, [])
+            self._forget(slot for node in self.tree.walk() for slot in node.items)
+            self.tree.clear()
+            for arena in self.arenas:
+                if arena.used == (0, 0):
+                    arena.clear()
+
+    # ---- figures
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the storages really held."""
+        return sum(arena.nbytes for arena in self.arenas)
+
+    def stats(self) -> dict[str, Any]:
+        """What the store holds and has served, as plain JSON values."""
+        prompt, reused = self.counts["prompt_tokens"], self.counts["reused_tokens"]
+        return {
+            "name": self.name,
+            "prompt_tokens": prompt,
+            "reused_tokens": reused,
+            "hit_rate": reused / prompt if prompt else 0.0,
+            "evicted_pages": self.counts["evicted_pages"],
+            "dropped_pages": self.counts["dropped_pages"],
+            "tokens": self.tree.tokens,
+            "pages": self.tree.pages,
+            "locked_pages": self.tree.locked_pages,
+            "bytes_held": self.nbytes,
+            "bytes_used": sum(arena.bytes_of(arena.used) for arena in self.arenas),
+        }
+
+    def check_integrity(self) -> None:
+        """Walk the tree and every table, and recompute every counter.
+
+        Raises:
+            IntegrityError: something disagrees.
+        """
+        with self.lock:
+            self.collect()
+            self.tree.check_integrity()
+            for index, arena in enumerate(self.arenas):
+                open_pages, sealed = arena.holders()
+                found = arena.pool.violations(open_pages) + arena.sealed.violations(sealed)
+                if found:
+                    raise IntegrityError(f"arena {index}: {'; '.join(found)}")
+
+    def __repr__(self) -> str:
+        return f"PrefixStore({self.name!r}, tokens={self.tree.tokens}, nbytes={self.nbytes})"

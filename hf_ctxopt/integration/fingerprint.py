@@ -1,0 +1,105 @@
+"""Which model a page belongs to: its pages are useless to any other, and wrong.
+
+The fingerprint covers every weight, adapters and their state, the config (rotary settings among it) and the dtype. It
+is worked out from the weights' bytes once, and again when a weight was replaced or written.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_VOLATILE = ("_name_or_path", "transformers_version", "use_cache", "torch_dtype", "dtype", "architectures")
+_WIDTH = 4096
+_known: weakref.WeakKeyDictionary[nn.Module, tuple[object, str]] = weakref.WeakKeyDictionary()
+_unreadable: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
+
+
+def fingerprint(model: nn.Module) -> str:
+    """A hexadecimal digest that is equal for equal models, in other processes too.
+
+    A model with weights on the meta device (offloaded by accelerate) gets one of this process only.
+    """
+    marks = tuple(_mark(tensor) for _, tensor in _weights(model)) + _adapters(model)
+    known = _known.get(model)
+    if known is not None and known[0] == marks:
+        return known[1]
+    digest = hashlib.sha256()
+    digest.update(_config(model).encode())
+    for state in _adapters(model):
+        digest.update(repr(state).encode())
+    for name, tensor in _weights(model):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+        digest.update(_content(tensor) if not tensor.is_meta else _instance(model).encode())
+    found = digest.hexdigest()
+    _known[model] = (marks, found)
+    return found
+
+
+def place_of(model: nn.Module) -> tuple[str, tuple[str, ...]]:
+    """Dtype and devices of a model: pages of one place are not interchangeable with those of another."""
+    devices = sorted({str(tensor.device) for _, tensor in _weights(model)})
+    return str(getattr(model, "dtype", None)), tuple(devices)
+
+
+def _weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from model.named_parameters()
+    kept = set(model.state_dict(keep_vars=True)) if any(True for _ in model.buffers()) else set()
+    yield from ((name, buffer) for name, buffer in model.named_buffers() if name in kept)
+
+
+def _mark(tensor: Tensor) -> tuple[int, int, int]:
+    """Changes whenever the tensor is replaced or written."""
+    return id(tensor), tensor.data_ptr() if not tensor.is_meta else 0, 0 if tensor.is_inference() else tensor._version
+
+
+def _adapters(model: nn.Module) -> tuple[object, ...]:
+    """Which adapters (PEFT) act, and how strongly."""
+    found = []
+    for name, module in model.named_modules():
+        active, off = getattr(module, "active_adapters", None), getattr(module, "disable_adapters", None)
+        if isinstance(active, list | tuple) and isinstance(off, bool):  # a method of the same name on whole models
+            scaling = sorted(getattr(module, "scaling", {}).items())
+            found.append((name, tuple(active), off, tuple(scaling)))
+    return tuple(found)
+
+
+def _config(model: nn.Module) -> str:
+    config: Any = getattr(model, "config", None)
+    values = config.to_dict() if config is not None else {}
+    for name in _VOLATILE:
+        values.pop(name, None)
+    return json.dumps([type(model).__name__, values], sort_keys=True, default=str)
+
+
+def _content(tensor: Tensor) -> bytes:
+    """Sums over all bytes that change with any single one of them and with the order."""
+    flat = tensor.detach().contiguous().flatten().view(torch.uint8)
+    wide = flat[: flat.numel() // 8 * 8].view(torch.int64) if flat.numel() >= 8 else flat[:0].view(torch.int64)
+    whole = wide.numel() // _WIDTH * _WIDTH
+    sums = [flat[wide.numel() * 8 :].to(torch.int64)]
+    if whole:
+        block = wide[:whole].view(-1, _WIDTH)
+        rows, columns = block.sum(1), block.sum(0)
+        sums += [_weighted(rows), _weighted(columns)]
+    sums.append(_weighted(wide[whole:]))
+    return torch.cat([part.flatten().cpu() for part in sums]).numpy().tobytes()
+
+
+def _weighted(values: Tensor) -> Tensor:
+    weights = torch.arange(1, values.numel() + 1, device=values.device) * 2654435761 + 1
+    return (values * weights).sum()[None]
+
+
+def _instance(model: nn.Module) -> str:
+    if model not in _unreadable:
+        import uuid
+
+        _unreadable[model] = uuid.uuid4().hex
+    return _unreadable[model]

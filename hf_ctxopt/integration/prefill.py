@@ -1,0 +1,236 @@
+"""Reuse of cached prefixes inside `generate`: wrappers around `_prefill` and the decoding loops.
+
+`_prefill` is the one place where transformers has both the token ids and the fresh cache. A cache that is filled there
+makes it feed only the rest of the prompt. What a hit is, and where none is sought, is counted in `cache.stats()`.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..caches.prefix import PrefixCache
+from ..caches.store import Found
+from .build import attention_cache
+from .chunking import chunk_size
+from .compat import cache_argument, cache_in, generate_argument
+from .fingerprint import fingerprint
+from .generate import only_text, slices_chunks
+from .positions import padding_of
+
+Method = Callable[..., Any]
+
+
+def wrap_prefill(original: Method) -> Method:
+    """`GenerationMixin._prefill`, with what a prefix store has put into the cache first."""
+
+    @functools.wraps(original)
+    def prefill(
+        self: Any, input_ids: Tensor, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        cache = attention_cache(cache_in(model_kwargs))
+        if not isinstance(cache, PrefixCache):
+            return original(self, input_ids, generation_config, model_kwargs, *args, **kwargs)
+        prompt = _prompt(self, cache, input_ids, model_kwargs)
+        if prompt is not None and not cache.get_seq_length():
+            reuse(self, cache, prompt, generation_config)
+        outputs = original(self, input_ids, generation_config, model_kwargs, *args, **kwargs)
+        if prompt is not None:
+            for row, text in enumerate(prompt.texts):
+                cache.keep(row, text)
+        return outputs
+
+    return prefill
+
+
+def wrap_decoding(original: Method) -> Method:
+    """A decoding loop: one at a time uses a store, and what it generated is kept there."""
+
+    @functools.wraps(original)
+    def decoding(self: Any, input_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
+        cache = attention_cache(cache_in(kwargs))
+        if not isinstance(cache, PrefixCache):
+            return original(self, input_ids, *args, **kwargs)
+        with cache.store.lock:
+            if original.__name__ == "_assisted_decoding":
+                cache.context.compute_all("assisted decoding feeds the whole prompt by itself")
+            result = original(self, input_ids, *args, **kwargs)
+            returned = not isinstance(result, Tensor)
+            if original.__name__ == "_sample" and cache.namespace is not None:
+                _keep_generated(cache, input_ids, result.sequences if returned else result)
+            if not returned:
+                cache.release()
+        return result
+
+    return decoding
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """The prompt of a batch.
+
+    Args:
+        texts: token ids of each row, padding excluded.
+        pads: left-padding columns of each row.
+        columns: of the batch.
+        device: of the ids.
+    """
+
+    texts: list[list[int]]
+    pads: list[int]
+    columns: int
+    device: torch.device
+
+
+def _prompt(model: Any, cache: PrefixCache, input_ids: Tensor, model_kwargs: dict[str, Any]) -> Prompt | None:
+    """The whole text that the cache will hold after the prefill; `None`, counted, where that is not known."""
+    why = _obstacle(model, cache, input_ids, model_kwargs)
+    if why is not None:
+        cache.namespace = None
+        cache.context.compute_all(why)
+        return None
+    cache.namespace = (("model", fingerprint(model)), ("salt", cache.options.salt))
+    pads = cache.groups[0].pads or [0] * input_ids.shape[0]
+    rows: list[list[int]] = input_ids.tolist()
+    return Prompt([row[pad:] for row, pad in zip(rows, pads, strict=True)], list(pads), input_ids.shape[1],
+                  input_ids.device)  # fmt: skip
+
+
+def _obstacle(model: Any, cache: PrefixCache, input_ids: Tensor, model_kwargs: dict[str, Any]) -> str | None:
+    """Why equal token ids would not mean equal states."""
+    if model.config.is_encoder_decoder:
+        return "an encoder's output decides about the states, not the tokens alone"
+    if not only_text(model_kwargs):
+        return "the prompt is more than token ids"
+    if model.training:
+        return "the model is in training mode"
+    mask = model_kwargs.get("attention_mask")
+    columns = input_ids.shape[1]
+    if mask is not None and (mask.dim() != 2 or mask.shape[1] != columns):
+        return "only new tokens were passed" if cache.get_seq_length() else "a mask of another shape than the prompt"
+    if cache.get_seq_length() and columns <= cache.get_seq_length():
+        return "only new tokens were passed"
+    if mask is not None and bool((mask[:, :-1].bool() & ~mask[:, 1:].bool()).any()):
+        return "zeros in attention_mask behind a row's first token"
+    types = model_kwargs.get("token_type_ids")
+    if types is not None and bool((types != 0).any()):
+        return "token_type_ids"
+    positions = model_kwargs.get("position_ids")
+    if positions is not None and not _usual(positions, mask, columns):
+        return "position_ids of the caller's own"
+    return None
+
+
+def _usual(positions: Tensor, mask: Tensor | None, columns: int) -> bool:
+    """Whether positions count the tokens of each row, as `generate` itself does."""
+    if positions.dim() != 2 or positions.shape[1] != columns:
+        return False
+    pads = torch.tensor(padding_of(mask) or [0] * positions.shape[0], device=positions.device)[:, None]
+    wanted = torch.arange(columns, device=positions.device)[None] - pads
+    return bool(((positions == wanted) | (wanted < 0)).all())
+
+
+def reuse(model: Any, cache: PrefixCache, prompt: Prompt, generation_config: Any) -> None:
+    """Put what the store has of the prompt into the empty cache, and count it."""
+    computed = 0
+    found = [cache.find(text) for text in prompt.texts]
+    if _worth_warming(cache, prompt, found, generation_config):
+        chunk = generation_config.prefill_chunk_size or chunk_size(model, cache.options, None, prompt.columns)
+        computed = sum(warm(model, cache, text, chunk, prompt.device) for text in prompt.texts)
+        found = [cache.find(text) for text in prompt.texts]
+    seen = common(cache, prompt, found)
+    chunked = generation_config.prefill_chunk_size is not None and not slices_chunks(seen)
+    if chunked and prompt.columns - seen > generation_config.prefill_chunk_size:
+        cache.context.compute_all("prefill_chunk_size before transformers 5.23 feeds the whole prompt again")
+        seen = 0
+    if not seen or not cache.adopt(found, seen):
+        seen = 0
+    elif chunked:
+        generation_config.prefill_chunk_size = None  # the rest is fed at once: this version would feed all again
+    held = sum(max(0, seen - pad) for pad in prompt.pads)
+    cache.count(sum(map(len, prompt.texts)), max(0, held - computed))
+
+
+def common(cache: PrefixCache, prompt: Prompt, found: Sequence[Found]) -> int:
+    """Columns that every row can begin with."""
+    seen = prompt.columns - 1
+    while seen > 0:
+        lengths = [one.longest(cache.groups, max(0, seen - pad)) for one, pad in zip(found, prompt.pads, strict=True)]
+        least = min(
+            pad + length if length < seen - pad else seen
+            for length, pad in zip(lengths, prompt.pads, strict=True)
+        )  # fmt: skip
+        if least == seen:
+            return seen
+        seen = least
+    return 0
+
+
+def _worth_warming(cache: PrefixCache, prompt: Prompt, found: Sequence[Found], generation_config: Any) -> bool:
+    """Whether rows had better be computed one by one, up to their last whole page, before the batch begins.
+
+    So rows that share a beginning, beams for one, compute it once; and layers that slide leave the pages of the whole
+    prompt in the store, not those of its last window.
+    """
+    size = cache.store.page_size
+    cold = sum(len(text) - 1 - one.tokens for text, one in zip(prompt.texts, found, strict=True))
+    if any(group.policy.most_held is not None for group in cache.groups):
+        return cold >= size
+    if len(prompt.texts) == 1:
+        chunked = generation_config.prefill_chunk_size is not None and not slices_chunks(found[0].tokens)
+        return chunked and cold > generation_config.prefill_chunk_size
+    batched = len(prompt.texts) * (prompt.columns - common(cache, prompt, found))
+    return 1.25 * (_unique(prompt.texts, found) + len(prompt.texts) * size) < batched
+
+
+def _unique(texts: Sequence[list[int]], found: Sequence[Found]) -> int:
+    """Tokens to compute where each distinct beginning is computed once."""
+    total, before = 0, [-1]
+    for text, one in sorted(zip(texts, found, strict=True), key=lambda pair: pair[0]):
+        same = next((at for at, (a, b) in enumerate(zip(text, before, strict=False)) if a != b),
+                    min(len(text), len(before)))  # fmt: skip
+        total += max(0, len(text) - 1 - max(same, one.tokens))
+        before = text
+    return total
+
+
+def warm(model: Any, cache: PrefixCache, text: list[int], chunk: int | None, device: torch.device) -> int:
+    """Compute one row's whole pages that the store lacks, by a cache of its own; returns the tokens computed."""
+    size = cache.store.page_size
+    goal = (len(text) - 1) // size * size
+    found = cache.find(text)
+    start = found.longest(cache.groups, goal) // size * size
+    if start >= goal:
+        return 0
+    single = cache.sibling(goal)
+    if start and not single.adopt([found], start):
+        start = 0
+    name = cache_argument(type(model).forward) or generate_argument()
+    call: dict[str, Any] = {name: single, "use_cache": True}
+    if model._supports_logits_to_keep():
+        call["logits_to_keep"] = 1
+    try:
+        for at in range(start, goal, chunk or goal):
+            stop = min(goal, at + (chunk or goal))
+            for group in single.groups:
+                group.recording = True  # a chunk's own pages stay, whatever the window
+            model(input_ids=torch.tensor([text[at:stop]], device=device), **call)
+            single.keep(0, text[:stop])
+    finally:
+        single.release()
+    return goal - start
+
+
+def _keep_generated(cache: PrefixCache, input_ids: Tensor, sequences: Tensor) -> None:
+    """The texts with their answers, but for the last token, which was never fed."""
+    seen = cache.get_seq_length()
+    if sequences.shape[1] <= seen - 1 or sequences.shape[0] != len(cache.groups[0].rows):
+        return
+    pads = cache.groups[0].pads or [0] * sequences.shape[0]
+    for row, (ids, pad) in enumerate(zip(sequences[:, :seen].tolist(), pads, strict=True)):
+        cache.keep(row, ids[pad:], generated=max(0, seen - input_ids.shape[1]))

@@ -1,0 +1,44 @@
+"""What is wrong with a radix tree: a walk that counts everything anew."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from .radix_node import page_key
+
+if TYPE_CHECKING:
+    from .radix import RadixTree
+
+
+def violations(tree: RadixTree[Any]) -> list[str]:
+    """Everything in which counters and nodes disagree; empty when all is well."""
+    found: list[str] = []
+    pages = resident = locked = 0
+    for node in tree.walk():
+        name = f"the node at {node.start}"
+        parent = node.parent
+        count = len(node.items)
+        if not count or not count == len(node.pages) == len(node.priorities) == len(node.durations):
+            found.append(f"{name} has {count} items for {len(node.pages)} pages")
+            continue
+        if parent is None or node.start != parent.end or not node.alive:
+            found.append(f"{name} does not hang on its parent")
+        elif parent.parent is not None and node.locks > parent.locks:
+            found.append(f"{name} has {node.locks} locks, its parent {parent.locks}")
+        elif parent.parent is not None and node.resident and parent.resident < len(parent.items):
+            found.append(f"{name} is resident behind a page that is not")
+        if any(len(page) != tree.page_size for page in node.pages):
+            found.append(f"{name} has a page that is not whole")
+        if parent is not None and node.pages[0] in [other.pages[0] for other in parent.kids() if other is not node]:
+            found.append(f"{name} has a brother that begins alike")
+        if parent is not None and node not in parent.children.get(page_key(node.pages[0]), []):
+            found.append(f"{name} cannot be found by its first page")
+        if not 0 <= node.resident <= count:
+            found.append(f"{name} has {node.resident} resident pages of {count}")
+        pages += count
+        resident += node.resident
+        locked += count if node.locks else 0
+    counted = (tree.pages, tree.resident_pages, tree.locked_pages)
+    if counted != (pages, resident, locked):
+        found.append(f"(pages, resident, locked) are counted {counted} and are {(pages, resident, locked)}")
+    return found + tree.missing_leaves()
