@@ -106,7 +106,7 @@ def test_equals_dynamic_cache(cell: Cell) -> None:
     expected = reference(cell.family, cell.mode, cell.attn)
     for _ in range(2 if cell.cache == "ctx_prefix" else 1):
         got = _run(cell, OPTIONS[cell.cache])
-        if cell.mode == "bf16" and cell.route == "fused":
+        if cell.mode == "bf16" and (cell.route == "fused" or cell.cache == "ctx_prefix"):  # prompts read in parts
             _same_bf16(expected, got)
         else:
             assert torch.equal(got.sequences, expected.sequences)
