@@ -25,7 +25,10 @@ if TYPE_CHECKING:
     from .caches import PagedCache, PrefixCache, SinkCache
     from .caches.stores import drop_store, stores
     from .integration.build import make_cache
+    from .integration.messages import priorities_from_messages
     from .integration.patch import patch_model, patched, unpatch_model
+    from .integration.saved import load_store, save_store
+    from .integration.session import Session
 
 __version__ = "0.1.0"
 
@@ -39,14 +42,18 @@ __all__ = [
     "InterruptedStepError",
     "PagedCache",
     "PrefixCache",
+    "Session",
     "SinkCache",
     "UnsupportedModelError",
     "__version__",
     "drop_store",
+    "load_store",
     "make_cache",
     "patch_model",
     "patched",
+    "priorities_from_messages",
     "register",
+    "save_store",
     "stores",
     "unpatch_model",
     "unregister",
@@ -56,7 +63,11 @@ _LAZY = {
     "PagedCache": ".caches",
     "PrefixCache": ".caches",
     "SinkCache": ".caches",
+    "Session": ".integration.session",
     "drop_store": ".caches.stores",
+    "load_store": ".integration.saved",
+    "priorities_from_messages": ".integration.messages",
+    "save_store": ".integration.saved",
     "stores": ".caches.stores",
     "make_cache": ".integration.build",
     "patch_model": ".integration.patch",

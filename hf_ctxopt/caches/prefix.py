@@ -7,6 +7,7 @@ Source: RadixAttention (Zheng et al. 2023, arXiv 2312.07104), range priorities a
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from ..errors import CacheFullError
@@ -20,6 +21,7 @@ from ..pages.rows import Row
 from ..policies.sink_window import SinkWindow
 from .base import PageCache
 from .options import PageOptions, PrefixOptions
+from .slot import KINDS
 from .store import Found, PrefixStore
 from .stores import store_named
 
@@ -45,7 +47,8 @@ class PrefixCache(PageCache):
     options: PrefixOptions
 
     def __init__(
-        self, config: Any, options: PageOptions, *, place: Hashable = None, store: PrefixStore | None = None,
+        self, config: Any, options: PageOptions, *, place: tuple[str, tuple[str, ...]] = ("", ()),
+        store: PrefixStore | None = None,
         **rest: Any,
     ) -> None:  # fmt: skip
         self.config, self.place = config, place
@@ -68,15 +71,36 @@ class PrefixCache(PageCache):
         config, horizons = self.context.config, [None if p.most_held is None else p.horizon for p in policies]
         heads = tuple(getattr(config, name, None) for name in _SHAPE)
         layout = (heads, tuple((arena.layers, p, arena.codecs) for arena, p in zip(arenas, policies, strict=True)),
-                  self.options.page_size, self.place)  # fmt: skip
-        found = self.store.open(layout, made, horizons, self.options.page_size, Budget(self.options.budget))
+                  self.options.page_size)  # fmt: skip
+        description = repr((layout, self.place[0]))
+        found = self.store.open(
+            (layout, self.place), description, made, horizons, self.options.page_size, Budget(self.options.budget),
+            Budget(self.options.cpu_budget), self.options.offload_priority,
+        )  # fmt: skip
         return self.store.budget, found
 
     # ---- reuse
 
     def find(self, tokens: Sequence[int]) -> Found:
         """What the store has of a row's text. Begun pages count where they are not quantized."""
-        return self.store.find(self.namespace, tokens, partial=all(group.codecs is None for group in self.groups))
+        found = self.store.find(self.namespace, tokens, partial=all(group.codecs is None for group in self.groups))
+        if found.tail is not None and found.tail[0].host:
+            found = replace(found, tail=None)
+        away = next((at for at, slot in enumerate(found.slots) if slot.host), None)
+        if away is None:
+            return found
+        self.store.hold(self.lease, [*self.lease.nodes, found.node])
+        needed = {}
+        for index, group in enumerate(self.groups):
+            kinds = [slot.kind(index) for slot in found.slots[away:] if slot.host]
+            used = group.arena.used
+            needed[id(group)] = Pages(used.open + kinds.count(KINDS[0]), used.sealed + kinds.count(KINDS[1]))
+        try:
+            make_room(self.groups, needed, 1)
+        except CacheFullError:
+            return replace(found, slots=found.slots[:away], tail=None)
+        self.store.bring_back(found)
+        return found
 
     def adopt(self, found: Sequence[Found], seen: int) -> bool:
         """Begin with `seen` columns whose pages the store has.

@@ -18,17 +18,12 @@ from ..errors import ConfigError, IntegrityError
 from ..pages.arena import Arena
 from ..pages.budget import Budget
 from ..pages.group import LayerGroup
+from ..pages.plan import Pages
 from ..pages.radix import Node, RadixTree
+from .slot import KINDS, Slot, kind_of
 
 Horizon = Callable[[int], int]
 """Oldest token that the query at a token may see (see `group.Retention`)."""
-
-
-@dataclass(eq=False)
-class Slot:
-    """One page of text: its page in each arena; `None` where a sliding layer's was dropped."""
-
-    pages: list[int | None]
 
 
 class _Listed:
@@ -114,8 +109,9 @@ class PrefixStore:
         self.name, self.clock = name, clock
         self.lock = threading.RLock()
         self.layout: Hashable = None
-        self.page_size = 0
+        self.description, self.page_size = "", 0
         self.budget = Budget()
+        self.host_budget, self.offload_priority, self.host_bytes = Budget(), 0, 0
         self.arenas: list[Arena] = []
         self.horizons: list[Horizon | None] = []
         self.tree: RadixTree[Slot] = RadixTree(1, clock=clock)
@@ -128,19 +124,25 @@ class PrefixStore:
     def open(
         self,
         layout: Hashable,
+        description: str,
         arenas: Callable[[], list[Arena]],
         horizons: Sequence[Horizon | None],
         page_size: int,
         budget: Budget,
+        host_budget: Budget | None = None,
+        offload_priority: int = 0,
     ) -> list[Arena]:
         """The arenas for caches of one layout; made anew if the store holds nothing of another.
 
         Args:
             layout: what must be equal for pages to be exchangeable: layers, heads, page size, codecs, dtype, devices.
+            description: the same in words that are equal in every process and on every device.
             arenas: makes them.
             horizons: per arena, how far its layers look back; `None` for full attention.
             page_size: tokens of a page.
             budget: the newest caller's limit.
+            host_budget: likewise of the host's memory, for pages that must go; `None` for none of it.
+            offload_priority: least priority of a page that is sent there.
 
         Raises:
             ConfigError: the store holds pages of another layout.
@@ -152,12 +154,14 @@ class PrefixStore:
                     allowed = "a name of its own for each model and page layout; `hf_ctxopt.stores()` lists the names"
                     raise ConfigError("store", self.name, allowed)
                 self.layout, self.page_size, self.arenas = layout, page_size, arenas()
-                self.horizons = list(horizons)
+                self.horizons, self.description = list(horizons), description
                 self.tree = RadixTree(page_size, clock=self.clock)
                 for index, arena in enumerate(self.arenas):
                     arena.listings.append(_Listed(self.tree, index))
                     arena.reclaim = self.reclaim
             self.budget.tokens, self.budget.nbytes = budget.tokens, budget.nbytes
+            self.host_budget = host_budget if host_budget is not None else Budget()
+            self.offload_priority = offload_priority
             return self.arenas
 
     def lease(self, cache: object) -> Lease:
@@ -234,7 +238,10 @@ class PrefixStore:
         return inserted.node
 
     def _merge(self, old: Slot, new: Slot) -> Slot:
-        """Pages of sliding layers that were dropped since come back."""
+        """Pages of sliding layers that were dropped since come back, and those that were sent away."""
+        if old.host:
+            self.host_bytes -= old.host_bytes
+            old.host, old.kinds = {}, []
         for index, page in enumerate(new.pages):
             if old.pages[index] is None and page is not None:
                 old.pages[index] = page
@@ -251,10 +258,41 @@ class PrefixStore:
         self.collect()
         if self._drop_interior(pages):
             return True
-        gone = self.tree.evict(pages)
+        before = self.tree.resident_pages
+        gone = self.tree.evict(pages, self._away if self.host_budget.nbytes is not None else None)
         self._forget(gone)
-        self.counts["evicted_pages"] += len(gone)
-        return bool(gone)
+        self.counts["evicted_pages"] += sum(1 for slot in gone if not slot.host)
+        return self.tree.resident_pages < before
+
+    def _away(self, slot: Slot, priority: int) -> Slot | None:
+        """A place in the host's memory for a page that must go, if it is worth one."""
+        limit = self.host_budget.nbytes or 0
+        size = sum(
+            arena.bytes_of(Pages(kind_of(page) == KINDS[0], kind_of(page) == KINDS[1]))
+            for arena, page in zip(self.arenas, slot.pages, strict=True)
+            if page is not None
+        )
+        if priority < self.offload_priority or size > limit:
+            return None
+        while self.host_bytes + size > limit:
+            gone = self.tree.evict_away(1)
+            if not gone:
+                return None
+            self._forget(gone)
+        slot.send_away(self.arenas)
+        self.host_bytes += slot.host_bytes
+        self.counts["sent_away_pages"] += 1
+        return slot
+
+    def bring_back(self, found: Found) -> None:
+        """Move what lies in the host's memory to the device; the caller has made room and locked the node."""
+        for slot in found.slots:
+            if slot.host:
+                self.host_bytes -= slot.host_bytes
+                slot.bring_back(self.arenas)
+                self.counts["brought_back_pages"] += 1
+        if found.node is not None:
+            self.tree.settle(found.node)
 
     def _drop_interior(self, wanted: int) -> int:
         dropped = 0
@@ -279,6 +317,7 @@ class PrefixStore:
 
     def _forget(self, slots: Iterable[Slot]) -> None:
         for slot in slots:
+            self.host_bytes -= slot.host_bytes
             for arena, page in zip(self.arenas, slot.pages, strict=True):
                 if page is not None:
                     arena.release([page])
@@ -315,7 +354,10 @@ class PrefixStore:
             "tokens": self.tree.tokens,
             "pages": self.tree.pages,
             "locked_pages": self.tree.locked_pages,
+            "sent_away_pages": self.counts["sent_away_pages"],
+            "brought_back_pages": self.counts["brought_back_pages"],
             "bytes_held": self.nbytes,
+            "host_bytes": self.host_bytes,
             "bytes_used": sum(arena.bytes_of(arena.used) for arena in self.arenas),
         }
 
@@ -333,6 +375,12 @@ class PrefixStore:
                 found = arena.pool.violations(open_pages) + arena.sealed.violations(sealed)
                 if found:
                     raise IntegrityError(f"arena {index}: {'; '.join(found)}")
+            slots = [slot for node in self.tree.walk() for slot in node.items]
+            if self.host_bytes != sum(slot.host_bytes for slot in slots):
+                raise IntegrityError(f"{self.host_bytes} bytes in the host are counted wrongly")
+            for node in self.tree.walk():
+                if [bool(slot.host) for slot in node.items] != [at >= node.resident for at in range(len(node.items))]:
+                    raise IntegrityError(f"the node at {node.start} does not know which of its pages are away")
 
     def __repr__(self) -> str:
         return f"PrefixStore({self.name!r}, tokens={self.tree.tokens}, nbytes={self.nbytes})"

@@ -75,6 +75,26 @@ class LayerStorage:
         """Every tensor that holds keys or values."""
         return [self.keys, self.values, *(tensor for part in self.parts for tensor in part.tensors)]
 
+    def kept(self, kind: str) -> list[Tensor]:
+        """Every tensor of the open ("o") or the sealed ("s") pages, page by page along dimension 1."""
+        return [self.keys, self.values] if kind == "o" else [tensor for part in self.parts for tensor in part.tensors]
+
+    @staticmethod
+    def kept_shapes(
+        heads_dims: tuple[int, int, int], page_size: int, codecs: Codecs | None
+    ) -> dict[str, list[tuple[int, ...]]]:
+        """Shapes of one page in the tensors of `kept`, for `(kv_heads, key_dim, value_dim)`."""
+        heads, *dims = heads_dims
+        found: dict[str, list[tuple[int, ...]]] = {"o": [(heads, page_size, dim) for dim in dims]}
+        if codecs is not None:
+            both = zip((codecs.keys, codecs.values), dims, strict=True)
+            found["s"] = [
+                (heads, *shape)
+                for codec, dim in both
+                for shape in (codec.code_shape(page_size, dim), codec.scale_shape(page_size, dim))
+            ]
+        return found
+
     @property
     def paged(self) -> PagedStates:
         """The pages as kernels read them."""

@@ -1,0 +1,245 @@
+"""Saving a prefix store's texts to a file, and taking them back (format: `pages/snapshot.py`).
+
+A file names the model (fingerprint) and the layout of the pages it was made with. It is of no use to any other, and is
+refused before memory is taken.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import CacheFullError, CorruptFileError
+from ..pages.admission import make_room
+from ..pages.group import LayerGroup
+from ..pages.plan import Pages
+from ..pages.snapshot import Stored, read, write
+from ..pages.storage import LayerStorage
+from .slot import KINDS, Slot
+from .store import PrefixStore
+
+_NAME = "hf_ctxopt prefix store, 1"
+
+
+def save(store: PrefixStore, path: str | Path) -> int:
+    """Write all texts of a store; returns the pages written.
+
+    Args:
+        store: the store.
+        path: the file; an earlier one of that name is replaced at once, or not at all.
+    """
+    with store.lock:
+        store.collect()
+        nodes = list(store.tree.walk())
+        places = {id(node): at for at, node in enumerate(nodes)}
+        slots = [slot for node in nodes for slot in node.items]
+        body: dict[str, Any] = {
+            "name": _NAME, "layout": store.description, "page_size": store.page_size,
+            "nodes": [
+                {"parent": places.get(id(node.parent), -1), "namespace": store.tree.namespace_of(node),
+                 "pages": len(node.items), "priorities": node.priorities, "durations": node.durations}
+                for node in nodes
+            ],
+            "kinds": ["".join(slot.kind(index) or "-" for slot in slots) for index in range(len(store.arenas))],
+            "shapes": {},
+        }  # fmt: skip
+        tokens = [token for node in nodes for page in node.pages for token in page]
+        tensors: dict[str, Tensor] = {"tokens": torch.tensor(tokens, dtype=torch.int64)}
+        for index, arena in enumerate(store.arenas):
+            for layer, storage in arena.storages.items():
+                body["shapes"][f"{index}.{layer}"] = _shape(storage)
+                for kind in KINDS:
+                    chosen = [slot for slot in slots if slot.kind(index) == kind]
+                    for number, part in enumerate(storage.kept(kind) if chosen else ()):
+                        tensors[f"{index}.{layer}.{kind}.{number}"] = torch.stack(
+                            [slot.content(index, layer, number, part) for slot in chosen], dim=1
+                        )
+        write(path, tensors, body)
+        return len(slots)
+
+
+@dataclass(frozen=True)
+class _Text:
+    """One node of a file: all tokens up to its end, and which of the file's pages are its own."""
+
+    namespace: tuple[tuple[str, str], ...]
+    tokens: list[int]
+    first: int
+    count: int
+    priorities: list[int]
+    durations: list[float | None]
+
+
+def load(
+    store: PrefixStore, path: str | Path, fingerprint: str, groups: Sequence[LayerGroup],
+    like: Callable[[int], Tensor],
+) -> int:  # fmt: skip
+    """Take the texts of a file into a store; returns the pages taken. What the store has already stays.
+
+    Args:
+        store: the store, opened for the layout of the model that asks.
+        path: the file.
+        fingerprint: of that model.
+        groups: layer groups over the store's arenas.
+        like: layer → an empty tensor of the dtype and on the device of its pages.
+
+    Raises:
+        CorruptFileError: the file is damaged, of another model or layout, or larger than the store's budget. The store
+            is as it was.
+    """
+    found = read(path)
+    with store.lock:
+        store.collect()
+        try:
+            texts = list(_texts(found, store, fingerprint))
+            _check_tensors(found, store)
+        except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+            raise CorruptFileError(str(path), str(error) or type(error).__name__) from error
+        new: list[tuple[_Text, int]] = []
+        for text in texts:
+            have = len(store.tree.match(text.namespace, text.tokens).items)
+            new.append((text, max(0, have - (len(text.tokens) // store.page_size - text.count))))
+        wanted = [at for text, have in new for at in range(text.first + have, text.first + text.count)]
+        kinds = found.body["kinds"]
+        needed = {}
+        for index, group in enumerate(groups):
+            counts = [sum(kinds[index][at] == kind for at in wanted) for kind in KINDS]
+            used = group.arena.used
+            needed[id(group)] = Pages(used.open + counts[0], used.sealed + counts[1])
+            if not _affordable(group, found.body["shapes"], index, needed[id(group)]):
+                raise CorruptFileError(str(path), "its pages are more than the store's budget allows")
+        _make_storages(groups, found.body["shapes"], like)
+        try:
+            make_room(groups, needed, 1)
+        except CacheFullError as error:
+            raise CorruptFileError(str(path), f"its pages are more than the store's budget allows: {error}") from error
+        _insert(store, found, new, dict(zip(wanted, _filled(store, found, wanted), strict=True)))
+        return len(wanted)
+
+
+def _texts(found: Stored, store: PrefixStore, fingerprint: str) -> Iterator[_Text]:
+    """The file's nodes of this model, parents first."""
+    body = found.body
+    if body["name"] != _NAME:
+        raise ValueError("not a file of a prefix store")
+    if (body["layout"], body["page_size"]) != (store.description, store.page_size):
+        raise ValueError("made with another page layout (page_size, kv_bits, dtype or model shape)")
+    nodes, size = body["nodes"], store.page_size
+    total = sum(node["pages"] for node in nodes)
+    dtype, shape = found.shapes["tokens"]
+    if dtype != torch.int64 or shape != (total * size,) or any(len(kinds) != total for kinds in body["kinds"]):
+        raise ValueError("tokens, pages and nodes do not fit together")
+    if len(body["kinds"]) != len(store.arenas):
+        raise ValueError("made with other layer groups")
+    with found.tensors() as file:
+        tokens: list[int] = file.get_tensor("tokens").tolist()
+    ends: list[list[int]] = []
+    first, ours = 0, 0
+    for at, node in enumerate(nodes):
+        parent, count = node["parent"], node["pages"]
+        if not -1 <= parent < at or count < 1 or len(node["priorities"]) != count != 0 != len(node["durations"]):
+            raise ValueError(f"node {at} does not hang on an earlier one")
+        if any(not 0 <= value <= 100 for value in node["priorities"]):
+            raise ValueError(f"node {at} has a priority out of range")
+        before = ends[parent] if parent >= 0 else []
+        ends.append(before + tokens[first * size : (first + count) * size])
+        namespace = tuple((str(key), str(value)) for key, value in node["namespace"])
+        if dict(namespace).get("model") == fingerprint:
+            ours += 1
+            yield _Text(namespace, ends[at], first, count, node["priorities"], node["durations"])
+        first += count
+    if nodes and not ours:
+        raise ValueError("saved with another model (its fingerprint differs)")
+
+
+def _check_tensors(found: Stored, store: PrefixStore) -> None:
+    """Exactly the tensors that the nodes need, in the shapes of the model's layers."""
+    expected = {"tokens"}
+    for index, arena in enumerate(store.arenas):
+        for layer in arena.layers:
+            heads, key_dim, value_dim = found.body["shapes"][f"{index}.{layer}"]
+            kept = LayerStorage.kept_shapes((heads, key_dim, value_dim), arena.page_size, arena.codecs)
+            held = arena.storages.get(layer)
+            if held is not None and _shape(held) != [heads, key_dim, value_dim]:
+                raise ValueError(f"layer {layer} has other heads")
+            for kind in KINDS:
+                count = found.body["kinds"][index].count(kind)
+                for number, shape in enumerate(kept.get(kind, ()) if count else ()):
+                    name = f"{index}.{layer}.{kind}.{number}"
+                    expected.add(name)
+                    if found.shapes[name][1] != (shape[0], count, *shape[1:]):
+                        raise ValueError(f"tensor {name!r} has another shape than its pages")
+    if set(found.shapes) != expected:
+        raise ValueError("tensors are missing or too many")
+
+
+def _affordable(group: LayerGroup, shapes: dict[str, list[int]], index: int, pages: Pages) -> bool:
+    """Whether the pages alone fit the budget; what others hold is seen to by `make_room`."""
+    limit = group.budget
+    if limit.tokens is not None:
+        return sum(pages) * group.page_size <= limit.tokens
+    if limit.nbytes is None or group.arena.storages:
+        return True
+    least = sum(heads * (k + v) for key, (heads, k, v) in shapes.items() if key.startswith(f"{index}."))
+    bits = 16 if group.codecs is None else min(group.codecs.keys.bits, group.codecs.values.bits)
+    return sum(pages) * group.page_size * least * bits // 8 <= limit.nbytes
+
+
+def _make_storages(groups: Sequence[LayerGroup], shapes: dict[str, list[int]], like: Callable[[int], Tensor]) -> None:
+    for index, group in enumerate(groups):
+        arena = group.arena
+        for layer in arena.layers:
+            if layer not in arena.storages:
+                heads, key_dim, value_dim = shapes[f"{index}.{layer}"]
+                states = [like(layer).new_empty((0, heads, 0, dim)) for dim in (key_dim, value_dim)]
+                arena.storages[layer] = LayerStorage(
+                    states[0], states[1], arena.page_size, arena.pool.capacity, arena.codecs, arena.sealed.capacity
+                )
+                arena.storage_version += 1
+
+
+def _filled(store: PrefixStore, found: Stored, wanted: list[int]) -> list[Slot]:
+    """Slots with pages of the store, filled from the file; each page has one reference, the caller's."""
+    kinds = found.body["kinds"]
+    slots = [Slot([None] * len(store.arenas)) for _ in wanted]
+    with found.tensors() as file:
+        for index, arena in enumerate(store.arenas):
+            for kind, pool in zip(KINDS, (arena.pool, arena.sealed), strict=True):
+                chosen = [(slot, at) for slot, at in zip(slots, wanted, strict=True) if kinds[index][at] == kind]
+                if not chosen:
+                    continue
+                pages = pool.take(len(chosen), leave_room=False)
+                ranks = [kinds[index][:at].count(kind) for _, at in chosen]
+                for (slot, _), page in zip(chosen, pages, strict=True):
+                    slot.pages[index] = page
+                for layer, storage in arena.storages.items():
+                    for number, part in enumerate(storage.kept(kind)):
+                        stored = file.get_tensor(f"{index}.{layer}.{kind}.{number}")[:, ranks]
+                        part[:, [page - pool.first for page in pages]] = stored.to(part.device, part.dtype)
+    return slots
+
+
+def _insert(store: PrefixStore, found: Stored, new: list[tuple[_Text, int]], slots: dict[int, Slot]) -> None:
+    for text, have in new:
+        if have == text.count:
+            continue
+        before = store.tree.match(text.namespace, text.tokens).items
+        own = [slots[at] for at in range(text.first + have, text.first + text.count)]
+        known = len(before) - (len(text.tokens) // store.page_size - text.count)
+        pages = [slot.pages for slot in [*before, *own[known - have :]]]
+        quiet: list[None] = [None] * (len(pages) - text.count)
+        store.keep(text.namespace, text.tokens, pages, [*quiet, *text.priorities],
+                   [*quiet, *text.durations])  # fmt: skip
+    for slot in slots.values():
+        for arena, page in zip(store.arenas, slot.pages, strict=True):
+            if page is not None:
+                arena.release([page])
+
+
+def _shape(storage: LayerStorage) -> list[int]:
+    return [storage.keys.shape[0], storage.keys.shape[-1], storage.values.shape[-1]]
