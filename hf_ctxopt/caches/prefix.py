@@ -159,7 +159,10 @@ class PrefixCache(PageCache):
         listed = [dict(group.rows[row].pages()) for group in self.groups]
         found: list[list[int | None]] = []
         for logical in range(tokens // self.store.page_size):
-            pages = [pages.get(logical) for pages in listed]
+            pages = [
+                pages.get(logical) if logical * self.store.page_size >= group.rows[row].whole else None
+                for pages, group in zip(listed, self.groups, strict=True)
+            ]
             for group, page in zip(self.groups, pages, strict=True):
                 waiting = page is not None and page < SEALED and group.codecs is not None
                 if (page is None and group.policy.most_held is None) or (

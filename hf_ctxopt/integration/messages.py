@@ -43,12 +43,12 @@ def priorities_from_messages(
     found: list[list[int]] = []
     for message, (start, end) in zip(messages, message_spans(tokenizer, messages, **template), strict=True):
         role = str(message.get("role"))
-        priority: int | None = by_role[role] if role in by_role else default
-        if priority is not None and start < end:
-            if found and found[-1][1:] == [start, priority]:
+        worth = by_role[role] if role in by_role else default
+        if worth is not None and start < end:
+            if found and found[-1][1:] == [start, worth]:
                 found[-1][1] = end
             else:
-                found.append([start, end, priority])
+                found.append([start, end, worth])
     return found
 
 

@@ -7,7 +7,8 @@ makes it feed only the rest of the prompt. What a hit is, and where none is soug
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,8 +40,10 @@ def wrap_prefill(original: Method) -> Method:
         prompt = _prompt(self, cache, input_ids, model_kwargs)
         if prompt is not None and not cache.get_seq_length():
             reuse(self, cache, prompt, generation_config)
-        outputs = original(self, input_ids, generation_config, model_kwargs, *args, **kwargs)
-        if prompt is not None:
+        if prompt is None:
+            return original(self, input_ids, generation_config, model_kwargs, *args, **kwargs)
+        with recorded(cache):
+            outputs = original(self, input_ids, generation_config, model_kwargs, *args, **kwargs)
             for row, text in enumerate(prompt.texts):
                 cache.keep(row, text)
         return outputs
@@ -68,6 +71,19 @@ def wrap_decoding(original: Method) -> Method:
         return result
 
     return decoding
+
+
+@contextmanager
+def recorded(cache: PrefixCache) -> Iterator[None]:
+    """Layers that slide keep the pages of a whole chunk until they are asked for the next one."""
+    before = [group.recording for group in cache.groups]
+    for group in cache.groups:
+        group.recording = True
+    try:
+        yield
+    finally:
+        for group, recording in zip(cache.groups, before, strict=True):
+            group.recording = recording
 
 
 @dataclass(frozen=True)
@@ -217,10 +233,9 @@ def warm(model: Any, cache: PrefixCache, text: list[int], chunk: int | None, dev
     try:
         for at in range(start, goal, chunk or goal):
             stop = min(goal, at + (chunk or goal))
-            for group in single.groups:
-                group.recording = True  # a chunk's own pages stay, whatever the window
-            model(input_ids=torch.tensor([text[at:stop]], device=device), **call)
-            single.keep(0, text[:stop])
+            with recorded(single):
+                model(input_ids=torch.tensor([text[at:stop]], device=device), **call)
+                single.keep(0, text[:stop])
     finally:
         single.release()
     return goal - start

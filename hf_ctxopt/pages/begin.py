@@ -102,6 +102,8 @@ def _extend(group: LayerGroup, plan: StepPlan, index: int, end: int, keep: int) 
         for logical in missing:
             row.add(logical, next(sealed if logical in whole else opened))
     row.length, row.lower = end, keep
+    if keep > start:
+        row.whole = keep
     if plan.sealing:
         # A page that began in the middle, because its head was evicted, is sealed when the next step begins.
         begun = group.begun_page(row, start)

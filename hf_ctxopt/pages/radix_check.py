@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from .radix_node import page_key
-
 if TYPE_CHECKING:
     from .radix import RadixTree
 
@@ -29,9 +27,7 @@ def violations(tree: RadixTree[Any]) -> list[str]:
             found.append(f"{name} is resident behind a page that is not")
         if any(len(page) != tree.page_size for page in node.pages):
             found.append(f"{name} has a page that is not whole")
-        if parent is not None and node.pages[0] in [other.pages[0] for other in parent.kids() if other is not node]:
-            found.append(f"{name} has a brother that begins alike")
-        if parent is not None and node not in parent.children.get(page_key(node.pages[0]), []):
+        if parent is not None and parent.child(node.pages[0]) is not node:
             found.append(f"{name} cannot be found by its first page")
         if not 0 <= node.resident <= count:
             found.append(f"{name} has {node.resident} resident pages of {count}")

@@ -49,6 +49,7 @@ class Row:
         lower: oldest token held besides the first `sinks`; 0 until something was evicted.
         runs: the pages, in text order.
         sealed: logical pages before this one that were full are sealed, but for leading ones that stay open.
+        whole: tokens from here on were all written; a chunk longer than the window leaves a gap before them.
     """
 
     pad: int = 0
@@ -56,6 +57,7 @@ class Row:
     lower: int = 0
     runs: list[Run] = field(default_factory=list)
     sealed: int = 0
+    whole: int = 0
 
     def pages(self) -> Iterator[tuple[int, int]]:
         """(logical page, pool page) pairs in text order."""
@@ -151,4 +153,4 @@ class Row:
 
     def copy(self) -> Row:
         """An independent row over the same pages (the caller counts the new references)."""
-        return Row(self.pad, self.length, self.lower, [Run(r.first, r.page, r.count) for r in self.runs], self.sealed)
+        return Row(self.pad, self.length, self.lower, [Run(r.first, r.page, r.count) for r in self.runs], self.sealed, self.whole)
