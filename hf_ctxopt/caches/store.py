@@ -343,6 +343,7 @@ class PrefixStore:
 
     def stats(self) -> dict[str, Any]:
         """What the store holds and has served, as plain JSON values."""
+        self.collect()
         prompt, reused = self.counts["prompt_tokens"], self.counts["reused_tokens"]
         return {
             "name": self.name,

@@ -42,7 +42,7 @@ def wrap_prefill(original: Method) -> Method:
             reuse(self, cache, prompt, generation_config)
         if prompt is None:
             return original(self, input_ids, generation_config, model_kwargs, *args, **kwargs)
-        with recorded(cache):
+        with kept_whole(cache):
             outputs = original(self, input_ids, generation_config, model_kwargs, *args, **kwargs)
             for row, text in enumerate(prompt.texts):
                 cache.keep(row, text)
@@ -74,16 +74,15 @@ def wrap_decoding(original: Method) -> Method:
 
 
 @contextmanager
-def recorded(cache: PrefixCache) -> Iterator[None]:
+def kept_whole(cache: PrefixCache) -> Iterator[None]:
     """Layers that slide keep the pages of a whole chunk until they are asked for the next one."""
-    before = [group.recording for group in cache.groups]
     for group in cache.groups:
-        group.recording = True
+        group.keeping = True
     try:
         yield
     finally:
-        for group, recording in zip(cache.groups, before, strict=True):
-            group.recording = recording
+        for group in cache.groups:
+            group.keeping = False
 
 
 @dataclass(frozen=True)
@@ -233,7 +232,7 @@ def warm(model: Any, cache: PrefixCache, text: list[int], chunk: int | None, dev
     try:
         for at in range(start, goal, chunk or goal):
             stop = min(goal, at + (chunk or goal))
-            with recorded(single):
+            with kept_whole(single):
                 model(input_ids=torch.tensor([text[at:stop]], device=device), **call)
                 single.keep(0, text[:stop])
     finally:

@@ -89,7 +89,7 @@ def _request(group: LayerGroup, batch: int, queries: int) -> StepRequest:
     horizon = group.policy.horizon
     ends = [max(0, group.seen + queries - row.pad) for row in rows]
     lows = [max(row.lower, horizon(row.length)) for row in rows]
-    in_place = group.recording or queries == 1 or _fits(group, ends, lows)
+    in_place = group.recording or group.keeping or queries == 1 or _fits(group, ends, lows)
     keep = lows if in_place else [max(low, horizon(end)) for low, end in zip(lows, ends, strict=True)]
     evicting = any(end and horizon(end - 1) for end in ends)
     sealing = group.codecs is not None and queries > (_REVOCABLE if group.recording else 1)

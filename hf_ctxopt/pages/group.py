@@ -65,6 +65,8 @@ class LayerGroup:
         arena: the pages, where other groups list them too; `None` for an arena of its own.
 
     Attributes:
+        recording: steps must stay revocable: nothing is evicted or sealed that a step may have to bring back.
+        keeping: all pages of a step stay until the next one begins, whatever the window.
         headroom: least number of sealed pages that growth adds at once; larger for whoever must not see it often.
     """
 
@@ -92,7 +94,7 @@ class LayerGroup:
         self.progress: dict[int, int] = dict.fromkeys(self.layers, 0)
         self.seen = 0
         self.evicted_pages = 0
-        self.recording = False
+        self.recording = self.keeping = False
         self.request: StepRequest | None = None  # what was admitted for the coming step (see `admission.py`)
         self.plan: StepPlan | None = None
         self._late = False  # a layer turned up that missed the first step: only a fresh start helps
