@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import logging
 import os
 import platform
 import shutil
@@ -23,6 +24,8 @@ import torch
 SOURCE = Path(__file__).with_name("attention.cpp")
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-fPIC", "-shared", "-w")
 _TIMEOUT = 120  # seconds; the build takes two on an idle machine
+
+logger = logging.getLogger(__name__)
 
 
 class NotBuilt(Exception):
@@ -50,7 +53,7 @@ def forget() -> None:
 def _loaded() -> ctypes.CDLL | str:
     if os.environ.get("CTXOPT_NATIVE", "1") == "0":
         return "CTXOPT_NATIVE=0 switches the CPU kernel off"
-    compiler = shutil.which("g++")
+    compiler = shutil.which("g++") if os.name == "posix" else None
     if compiler is None:
         return "there is no g++ to compile the CPU kernel with"
     try:
@@ -58,7 +61,7 @@ def _loaded() -> ctypes.CDLL | str:
         loaded = ctypes.CDLL(str(path))
     except subprocess.CalledProcessError as error:
         return f"g++ could not compile the CPU kernel: {(error.stderr or '').strip()[:500]}"
-    except (OSError, subprocess.TimeoutExpired) as error:
+    except (OSError, RuntimeError, subprocess.TimeoutExpired) as error:  # RuntimeError: there is no home folder
         return f"the CPU kernel could not be built or loaded: {error}"
     number, pointer, real = ctypes.c_int64, ctypes.c_void_p, ctypes.c_float
     arguments = [pointer, *[number] * 5, real, real, pointer, pointer, number, pointer]
@@ -77,6 +80,7 @@ def _build(compiler: str) -> Path:
         handle, name = tempfile.mkstemp(suffix=".so.tmp", dir=folder)
         os.close(handle)
         try:
+            logger.info("compiling the CPU kernel once, into %s", path)
             command = [compiler, *FLAGS, "-o", name, str(SOURCE), "-Wl,--as-needed", *runtime]
             subprocess.run(command, check=True, capture_output=True, text=True, timeout=_TIMEOUT)
             Path(name).replace(path)
