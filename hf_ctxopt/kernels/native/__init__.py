@@ -1,1 +1,1 @@
-"""Attention over sealed pages in C++, compiled on this machine when a long quantized cache first decodes on its CPU."""
+"""Attention over sealed pages in C++, compiled when a long quantized cache first decodes on this machine's CPU."""

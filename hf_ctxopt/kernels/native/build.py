@@ -64,8 +64,8 @@ def _loaded() -> ctypes.CDLL | str:
     except (OSError, RuntimeError, subprocess.TimeoutExpired) as error:  # RuntimeError: there is no home folder
         return f"the CPU kernel could not be built or loaded: {error}"
     number, pointer, real = ctypes.c_int64, ctypes.c_void_p, ctypes.c_float
-    arguments = [pointer, *[number] * 5, real, real, pointer, pointer, number, pointer]
-    loaded.ctxopt_attend.argtypes, loaded.ctxopt_attend.restype = arguments, None
+    loaded.ctxopt_attend.argtypes = (pointer, *[number] * 5, real, real, pointer, pointer, number, pointer)
+    loaded.ctxopt_attend.restype = None
     return loaded
 
 
