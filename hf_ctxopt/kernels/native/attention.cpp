@@ -12,6 +12,13 @@
 
 namespace {
 
+#if defined(__AVX512F__)
+constexpr int WIDE = 16;  // floats of a register
+#elif defined(__AVX__)
+constexpr int WIDE = 8;
+#else
+constexpr int WIDE = 4;
+#endif
 constexpr int64_t BLOCK = 128;  // tokens that are scored before their values are added
 constexpr int64_t SHARE = 128;  // fewest tokens of a unit of work
 constexpr int64_t ALONE = 1 << 17;  // products up to which waking other threads costs more than it saves
@@ -135,10 +142,11 @@ void mix_blocks(const uint8_t *rows, int64_t stride, int64_t count, int64_t dim,
 // Sums of `count` rows by G rows of weights, (G, BLOCK), added to `out`, (G, dim).
 template <int F, int L, int G>
 void mix(const uint8_t *rows, int64_t stride, int64_t count, int64_t dim, const float *weights, float *out) {
-  constexpr int WIDE = 4 / PLANES<F>, BYTES = L * (F == F32 ? 4 : F == F16 || F == BF16 ? 2 : 1);
+  constexpr int SUMS = WIDE == 16 ? 4 : 2;  // per query; AVX-512 has twice the registers
+  constexpr int MANY = std::max(1, SUMS / PLANES<F>), BYTES = L * (F == F32 ? 4 : F == F16 || F == BF16 ? 2 : 1);
   int64_t block = 0, blocks = dim / PLANES<F> / L;
-  for (; block + WIDE <= blocks; block += WIDE)
-    mix_blocks<F, L, G, WIDE>(rows + block * BYTES, stride, count, dim, weights, out + block * L);
+  for (; block + MANY <= blocks; block += MANY)
+    mix_blocks<F, L, G, MANY>(rows + block * BYTES, stride, count, dim, weights, out + block * L);
   for (; block < blocks; block++)
     mix_blocks<F, L, G, 1>(rows + block * BYTES, stride, count, dim, weights, out + block * L);
 }
@@ -150,7 +158,7 @@ template <int F, int L> Kernel pick(bool mixes, int64_t queries) {
 }
 
 template <int F> Kernel pick(int64_t dim, bool mixes, int64_t queries) {
-  return dim / PLANES<F> % 16 ? pick<F, 4>(mixes, queries) : pick<F, 16>(mixes, queries);
+  return dim / PLANES<F> % WIDE ? pick<F, 4>(mixes, queries) : pick<F, WIDE>(mixes, queries);
 }
 
 // `score` or `mix` over all queries of a head, four at a time; `in_step` and `out_step` are the floats of one query.
