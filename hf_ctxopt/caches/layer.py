@@ -105,7 +105,7 @@ class PageLayer(CacheLayerMixin):
         storage = group.storages[self.index]
         view = StepView(
             plan, storage, key_states, value_states, group.policy, self.context.ledger, self.facts,
-            model_window=self.own_window,
+            model_window=self.own_window, pass_over=self.context.pass_over if self._leads else None,
         )  # fmt: skip
         if not plan.in_place:
             view.old = [[(stretch, *storage.read(stretch, copy=True)) for stretch in row.before] for row in plan.rows]

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.attention import Segment, attend
+from ..kernels.native import attend as native
 from ..kernels.rotate import RotaryFacts, rotation, turn
 from ..kernels.sealed import SealedSegment
 from ..pages.carry_out import write
@@ -61,6 +62,7 @@ class StepView:
         on_written: called once they are.
         planned: the step must run on kernels alone; a detour raises `NotReplayable`.
         trusted: the masks are known to show everything the pages hold.
+        pass_over: told why the CPU kernel does not read sealed pages that it is meant for.
     """
 
     plan: StepPlan
@@ -79,6 +81,7 @@ class StepView:
     on_written: Callable[[], None] | None = None
     planned: bool = False
     trusted: bool = False
+    pass_over: Callable[[str], None] | None = None
 
     def store(self) -> None:
         """Write the new states into the pages, unless they are there."""
@@ -144,6 +147,8 @@ class StepView:
                 causal = plain and row.start == 0 and len(segments) == 1 and self.policy.horizon(row.stop - 1) == 0
                 visible = partial(self._visible, index, row, tokens, mask)
                 asked = self.storage.turned_query(own) if turned else own
+                if self.pass_over is not None and (reason := native.why_not(asked, segments)) is not None:
+                    self.pass_over(reason)
                 out = attend(asked, segments, visible, scaling, softcap, sink_logits, causal)
                 out = self.storage.plain_values(out) if turned else out
             pad = query.shape[2] - count

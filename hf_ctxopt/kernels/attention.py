@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .native import attend as native
 from .scratch import SCRATCH, scratch
 from .sdpa import sdpa
 from .sealed import SealedSegment
@@ -96,6 +97,8 @@ def attend(
     if softcap is None and sink_logits is None and len(segments) == 1 and first.query is None:
         if isinstance(first, Segment):
             return _fused(query, first, visible, scaling, causal)
+    if native.serves(query, segments):
+        return native.attend(query, segments, visible(0, 1), scaling, softcap, sink_logits)
     plain = softcap is None and sink_logits is None and all(part.query is None for part in segments)
     if plain and query.shape[1] == 1 and any(isinstance(part, SealedSegment) for part in segments):
         whole = _unpacked(query, segments)

@@ -1,0 +1,119 @@
+"""Compiles `attention.cpp` for this machine's processor, once, and loads it with ctypes.
+
+The library knows nothing of torch: plain pointers, a build of two seconds, no dependence on torch's ABI. It is kept in
+`$CTXOPT_CACHE_DIR/native` (default `$XDG_CACHE_HOME/hf_ctxopt`), a folder that only its owner may write, under a
+name made of source, processor, compiler and flags: a home folder shared by unlike machines holds one for each.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import stat
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+
+import torch
+
+SOURCE = Path(__file__).with_name("attention.cpp")
+FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-fPIC", "-shared", "-w")
+_TIMEOUT = 120  # seconds; the build takes two on an idle machine
+
+logger = logging.getLogger(__name__)
+
+
+class NotBuilt(Exception):
+    """There is no library, and the message says why. Never reaches the user."""
+
+
+def library() -> ctypes.CDLL:
+    """The loaded library, compiled if need be.
+
+    Raises:
+        NotBuilt: it is switched off, or there is no compiler, or it failed; not tried again in this process.
+    """
+    found = _loaded()
+    if isinstance(found, str):
+        raise NotBuilt(found)
+    return found
+
+
+def forget() -> None:
+    """Forget what was loaded or failed: the next call tries again."""
+    _loaded.cache_clear()
+
+
+@cache
+def _loaded() -> ctypes.CDLL | str:
+    if os.environ.get("CTXOPT_NATIVE", "1") == "0":
+        return "CTXOPT_NATIVE=0 switches the CPU kernel off"
+    compiler = shutil.which("g++") if os.name == "posix" else None
+    if compiler is None:
+        return "there is no g++ to compile the CPU kernel with"
+    try:
+        path = _build(compiler)
+        loaded = ctypes.CDLL(str(path))
+    except subprocess.CalledProcessError as error:
+        return f"g++ could not compile the CPU kernel: {(error.stderr or '').strip()[:500]}"
+    except (OSError, RuntimeError, subprocess.TimeoutExpired) as error:  # RuntimeError: there is no home folder
+        return f"the CPU kernel could not be built or loaded: {error}"
+    number, pointer, real = ctypes.c_int64, ctypes.c_void_p, ctypes.c_float
+    loaded.ctxopt_attend.argtypes = (pointer, *[number] * 5, real, real, pointer, pointer, number, pointer)
+    loaded.ctxopt_attend.restype = None
+    return loaded
+
+
+def _build(compiler: str) -> Path:
+    """The library's path; compiled under a temporary name, so that no process ever loads half of it."""
+    runtime = _openmp()
+    words = [_processor(), compiler, *FLAGS, *runtime, torch.__version__, platform.machine()]
+    key = hashlib.sha256(SOURCE.read_bytes() + "\0".join(words).encode()).hexdigest()[:24]
+    folder = _folder()
+    path = folder / f"attention-{key}.so"
+    if not path.exists():
+        handle, name = tempfile.mkstemp(suffix=".so.tmp", dir=folder)
+        os.close(handle)
+        try:
+            logger.info("compiling the CPU kernel once, into %s", path)
+            command = [compiler, *FLAGS, "-o", name, str(SOURCE), "-Wl,--as-needed", *runtime]
+            subprocess.run(command, check=True, capture_output=True, text=True, timeout=_TIMEOUT)
+            Path(name).replace(path)
+        finally:
+            Path(name).unlink(missing_ok=True)
+    return path
+
+
+def _folder() -> Path:
+    """Where libraries are kept.
+
+    Raises:
+        PermissionError: others could put code there.
+    """
+    kept = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hf_ctxopt"
+    folder = Path(os.environ.get("CTXOPT_CACHE_DIR") or kept) / "native"
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    found = folder.stat()
+    if found.st_uid != os.getuid() or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise PermissionError(f"{folder} must belong to you and be writable by nobody else")
+    return folder
+
+
+def _openmp() -> list[str]:
+    """The OpenMP library torch has loaded, to link with: two of them would wait for each other's threads."""
+    maps = Path("/proc/self/maps")
+    lines = maps.read_text(encoding="utf-8").splitlines() if maps.exists() else []
+    return sorted({line.split()[-1] for line in lines if "/libgomp" in line})[:1]
+
+
+def _processor() -> str:
+    """Model and instruction sets, as Linux names them."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
+    names = ("model name", "flags", "Features", "CPU part")
+    return "\n".join(sorted({line for line in lines if line.startswith(names)}))
