@@ -22,7 +22,7 @@ from .errors import (
 from .integration.register import register, unregister
 
 if TYPE_CHECKING:
-    from .caches import PagedCache, PrefixCache, SinkCache
+    from .caches import PagedCache, PrefixCache, PriorityCache, SinkCache
     from .caches.stores import drop_store, stores
     from .integration.build import make_cache
     from .integration.messages import priorities_from_messages
@@ -42,6 +42,7 @@ __all__ = [
     "InterruptedStepError",
     "PagedCache",
     "PrefixCache",
+    "PriorityCache",
     "Session",
     "SinkCache",
     "UnsupportedModelError",
@@ -62,6 +63,7 @@ __all__ = [
 _LAZY = {
     "PagedCache": ".caches",
     "PrefixCache": ".caches",
+    "PriorityCache": ".caches",
     "SinkCache": ".caches",
     "Session": ".integration.session",
     "drop_store": ".caches.stores",

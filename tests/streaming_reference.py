@@ -13,6 +13,7 @@ One unpadded row at a time: padding is the business of what is tested.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -117,3 +118,46 @@ def contiguous_logits(model: nn.Module, ids: torch.Tensor, sinks: int, window: i
         return start
     kept = torch.stack([torch.cat([ids[:sinks], ids[t - window + 1 : t + 1]]) for t in range(size, seq)])
     return torch.cat([start, model(kept, use_cache=False).logits[:, -1]])
+
+
+@torch.no_grad()
+def kept_logits(model: nn.Module, ids: torch.Tensor, steps: Sequence[tuple[int, int, Sequence[int]]]) -> torch.Tensor:
+    """Logits of every position of a text of which, step by step, only some earlier tokens are kept.
+
+    A token attends to what its step kept and to the step's own tokens up to itself, at positions 0, 1, 2 ... in that
+    order: the kept tokens stand side by side.
+
+    Args:
+        model: a float32 `LlamaForCausalLM`.
+        ids: text `(seq,)`, without padding.
+        steps: `(start, stop, kept)`: tokens `[start, stop)` are fed at once; `kept` are the earlier ones, ascending.
+
+    Returns:
+        Logits `(seq, vocab)`.
+    """
+    body = model.model
+    cos, sin = (table[0] for table in body.rotary_emb(torch.zeros(1, 1, 1), torch.arange(len(ids))[None]))
+    keys: list[list[torch.Tensor]] = [[] for _ in body.layers]
+    values: list[list[torch.Tensor]] = [[] for _ in body.layers]
+    logits = []
+    for start, stop, kept in steps:
+        for token in range(start, stop):
+            seen = [*kept, *range(start, token + 1)]
+            x = body.embed_tokens.weight[ids[token]]
+            for layer, own_keys, own_values in zip(body.layers, keys, values, strict=True):
+                attn, normed = layer.self_attn, _norm(layer.input_layernorm, x)
+                own_keys.append(attn.k_proj(normed).view(-1, attn.head_dim))
+                own_values.append(attn.v_proj(normed).view(-1, attn.head_dim))
+                place = len(seen)
+                key = _rotate(torch.stack([own_keys[at] for at in seen], dim=1), cos[:place], sin[:place])
+                value = torch.stack([own_values[at] for at in seen], dim=1)
+                query = _rotate(attn.q_proj(normed).view(-1, 1, attn.head_dim), cos[place - 1 : place],
+                                sin[place - 1 : place])  # fmt: skip
+                groups = query.shape[0] // key.shape[0]
+                key, value = key.repeat_interleave(groups, dim=0), value.repeat_interleave(groups, dim=0)
+                weights = torch.softmax(query @ key.transpose(1, 2) / math.sqrt(attn.head_dim), dim=-1)
+                x = x + attn.o_proj((weights @ value).reshape(-1))
+                hidden, mlp = _norm(layer.post_attention_layernorm, x), layer.mlp
+                x = x + mlp.down_proj(F.silu(mlp.gate_proj(hidden)) * mlp.up_proj(hidden))
+            logits.append(model.lm_head(_norm(body.norm, x)))
+    return torch.stack(logits)

@@ -26,9 +26,12 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "ctx_paged": {"page_size": 4},
     "ctx_sink": {"window": 256, "sinks": 4, "page_size": 8},
     "ctx_prefix": {"page_size": 4, "store": "equality"},
+    "ctx_priority": {"page_size": 4, "budget": 256},
 }
 EAGER_MODES = ("left_padding", "multi_turn")
 """Modes that run under eager too, where sdpa is the family's own: masks differ there, generation does not."""
+PRIORITY_FAMILIES = ("llama", "gemma3", "gpt_oss", "phi", "cohere")
+"""`ctx_priority` shares all code with `ctx_sink` while nothing is evicted; it has tests of its own for the rest."""
 VARIANT_MODES = ("left_padding", "multi_turn")
 """Modes of a family that only varies another one."""
 
@@ -50,6 +53,8 @@ def _cells() -> list[Any]:
         if (family.name, mode) in EXCLUDED or (family.variant and mode not in VARIANT_MODES):
             continue
         if family.variant and cache == "ctx_prefix":
+            continue
+        if cache == "ctx_priority" and family.name not in PRIORITY_FAMILIES:
             continue
         cells.append(Cell(family.name, mode, cache, "dense"))
         if family.fused:

@@ -5,8 +5,11 @@ from __future__ import annotations
 from .base import PageCache
 from .paged import PagedCache
 from .prefix import PrefixCache
+from .priority import PriorityCache
 from .sink import SinkCache
 
-CACHES: dict[str, type[PageCache]] = {cache.name: cache for cache in (PagedCache, SinkCache, PrefixCache)}
+CACHES: dict[str, type[PageCache]] = {
+    cache.name: cache for cache in (PagedCache, SinkCache, PriorityCache, PrefixCache)
+}
 
-__all__ = ["CACHES", "PageCache", "PagedCache", "PrefixCache", "SinkCache"]
+__all__ = ["CACHES", "PageCache", "PagedCache", "PrefixCache", "PriorityCache", "SinkCache"]

@@ -63,20 +63,20 @@ def attend_chunk(
 def _pieces(view: StepView, index: int, row: RowStep, query: Tensor) -> Iterator[Piece]:
     """All of the row's tokens; where there is history, everything is in the basis that pages are stored in."""
     own = view.storage.turned_query(query) if row.start else query
-    turned: dict[tuple[int, bool], Tensor] = {}
+    turned: dict[tuple[int, int], Tensor] = {}
     sinks = view.policy.sinks
     for stretch, keys, values in _stretches(view, index, row):
-        for token, length, base, over_gap in view.cut(row, stretch):
-            if (base, over_gap) not in turned:
-                moved = view.turned(row, query, base, over_gap)
-                turned[base, over_gap] = own if moved is None else moved
+        for token, length, base, leap in view.cut(row, stretch):
+            if (base, leap) not in turned:
+                moved = view.turned(row, query, base, leap)
+                turned[base, leap] = own if moved is None else moved
             # The sinks are seen whatever the window.
             inside = length if view.policy.most_held is None else min(max(0, sinks - token), length)
             for start, stop, window in ((0, inside, None), (inside, length, view.policy.most_held)):
                 part = slice(token + start - stretch.token, token + stop - stretch.token)
                 if start < stop:
                     offset = token + start - row.start
-                    yield Piece(turned[base, over_gap], keys[:, part], values[:, part], offset, window)
+                    yield Piece(turned[base, leap], keys[:, part], values[:, part], offset, window)
 
 
 def piece_tokens(view: StepView) -> int:

@@ -55,6 +55,10 @@ def spans(row: RowStep, policy: Retention, ledger: PositionLedger) -> list[Span]
         return []
     gap = max(0, max(row.lower, policy.horizon(row.start)) - policy.sinks)
     parts = [(0, row.stop, 0)] if gap == 0 else [(0, policy.sinks, gap), (gap + policy.sinks, row.stop, 0)]
+    if row.gaps:
+        starts = [0, *(stop for _, stop in row.gaps)]
+        stops = [*(start for start, _ in row.gaps), row.stop]
+        parts = [(start, stop, row.missing_from(start)) for start, stop in zip(starts, stops, strict=True)]
     found: list[Span] = []
     for start, stop, leap in parts:
         for label, length, base in ledger.split(start + row.pad, stop - start) if start < stop else []:

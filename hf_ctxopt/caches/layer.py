@@ -60,7 +60,8 @@ class PageLayer(CacheLayerMixin):
     @property
     def is_croppable(self) -> bool:  # type: ignore[override]
         """Whether the tokens of coming steps can be taken back: nothing is ever evicted, or not at present."""
-        return self.group.policy.most_held is None or self.group.recording
+        evicts = self.group.policy.most_held is not None or self.group.evictor is not None
+        return not evicts or self.group.recording
 
     @property
     def record_past(self) -> bool:
@@ -164,7 +165,7 @@ class PageLayer(CacheLayerMixin):
         plan = self.group.plan
         if plan is not None and self.group.progress[self.index] == plan.seen:  # planned, and not run yet
             return plan.dense_before + query_length, plan.seen - plan.dense_before
-        held = self.group.dense_length() if self.group.rows else 0
+        held = self.group.dense_length(query_length) if self.group.rows else 0
         return held + query_length, self.group.seen - held
 
     def get_max_length(self) -> int:

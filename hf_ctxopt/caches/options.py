@@ -150,6 +150,49 @@ class SinkOptions(PageOptions):
         if limit is not None and limit < self.sinks + self.window:
             raise ConfigError("budget", limit, f"at least sinks + window = {self.sinks + self.window} tokens")
 
+    @property
+    def most_tokens(self) -> int | None:
+        """Tokens of a row after which some go."""
+        return self.sinks + self.window
+
+
+@dataclass(frozen=True, kw_only=True)
+class PriorityOptions(PageOptions):
+    """Options of `ctx_priority`.
+
+    Args:
+        budget: most tokens of a row that are kept, in whole pages; or bytes of the whole cache as `"512MiB"`.
+        priorities: worth of the text's tokens, 0 to 100: a list of `[start, end, priority]` or of dictionaries with
+            `start`, `end`, `priority` and `duration` in seconds (see `policies/priority.py`). A page has that of its
+            first token.
+        decode_priority: worth of generated tokens.
+        decode_duration: seconds for which that holds; `None` for ever.
+    """
+
+    budget: int | str | None = 4096
+    priorities: Any = None
+    decode_priority: int = DEFAULT_PRIORITY
+    decode_duration: float | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        limit = Budget(self.budget)
+        if self.budget is None or (limit.tokens is not None and limit.tokens < 2 * self.page_size):
+            raise ConfigError("budget", self.budget, f"at least two pages: {2 * self.page_size} tokens; or bytes")
+        retention = Retention.parse(self.priorities, self.decode_priority, self.decode_duration)
+        object.__setattr__(self, "_retention", retention)
+
+    @property
+    def retention(self) -> Retention:
+        """The priorities, parsed."""
+        found: Retention = vars(self)["_retention"]
+        return found
+
+    @property
+    def most_tokens(self) -> int | None:
+        """Tokens of a row after which some go; `None` if that depends on the model."""
+        return Budget(self.budget).tokens
+
 
 @dataclass(frozen=True, kw_only=True)
 class PrefixOptions(PageOptions):

@@ -105,6 +105,8 @@ def decode_state(context: CacheContext, group: LayerGroup, plan: StepPlan, stora
         why = refusal(storage.keys, storage.codec_bits)
         if why is not None:
             raise NotReplayable(why)
+        if any(len(row.gaps) > 1 for row in plan.rows):
+            raise NotReplayable("kept pages lie in more than two stretches")
         cut = [spans(row, group.policy, context.ledger) for row in plan.rows]
         variants = max([_usual_variants(group), *map(len, cut)])
         if variants > MOST_VARIANTS:
@@ -124,7 +126,8 @@ def decode_state(context: CacheContext, group: LayerGroup, plan: StepPlan, stora
 
 def _usual_variants(group: LayerGroup) -> int:
     """Variants that the group will need once it evicts: kept from the start, so that one graph serves both."""
-    return 2 if group.policy.sinks and group.policy.most_held is not None else 1
+    sinks = group.policy.sinks and group.policy.most_held is not None
+    return 2 if sinks or group.evictor is not None else 1
 
 
 @lru_cache(maxsize=64)

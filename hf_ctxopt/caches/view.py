@@ -25,6 +25,8 @@ from .decode import DecodeState
 from .dense import DenseLayout
 from .positions import PositionLedger
 
+SINK_GAP = -1
+
 
 class Mask(Protocol):
     """A mask that can be asked about single positions (see `integration/mask.py`)."""
@@ -157,20 +159,20 @@ class StepView:
 
     def _segments(self, index: int, row: RowStep, query: Tensor) -> tuple[list[Segment | SealedSegment], list[range]]:
         """The row's segments with the queries (in the basis of the pages) turned for each, and the tokens of each."""
-        turned: dict[tuple[int, bool], Tensor | None] = {}
+        turned: dict[tuple[int, int], Tensor | None] = {}
         segments: list[Segment | SealedSegment] = []
         tokens: list[range] = []
         for stretch, states in self._pieces(index, row):
-            for token, length, base, sink in self.cut(row, stretch):
-                if (base, sink) not in turned:
-                    turned[base, sink] = self.turned(row, query, base, sink)
+            for token, length, base, leap in self.cut(row, stretch):
+                if (base, leap) not in turned:
+                    turned[base, leap] = self.turned(row, query, base, leap)
                 at = token - stretch.token
                 if states is None:
                     part = Stretch(stretch.slot + at, token, length)
-                    segments.append(self.storage.segment(part, turned[base, sink]))
+                    segments.append(self.storage.segment(part, turned[base, leap]))
                 else:
                     keys, values = (state[:, at : at + length] for state in states)
-                    segments.append(Segment(keys, values, token, turned[base, sink]))
+                    segments.append(Segment(keys, values, token, turned[base, leap]))
                 tokens.append(range(token, token + length))
         return segments, tokens
 
@@ -214,38 +216,44 @@ class StepView:
             pieces.append((Stretch(stretch.slot + high - stretch.token, high, end - high), None))
         return pieces
 
-    def cut(self, row: RowStep, stretch: Stretch) -> list[tuple[int, int, int, bool]]:
-        """Cut a stretch at eras and behind the sinks: `(token, length, base, needs the sink shift)`."""
+    def cut(self, row: RowStep, stretch: Stretch) -> list[tuple[int, int, int, int]]:
+        """Cut a stretch at eras and behind the sinks: `(token, length, base, leap)`.
+
+        The leap is the number of tokens missing behind the stretch; `SINK_GAP` for the gap behind the sinks, which
+        each query has its own of.
+        """
+        leap = row.missing_from(stretch.token) if self.facts is not None else 0
         sinks = self.policy.sinks if self.facts is not None and self.gap(row, row.stop - 1) else 0
         found = []
         for label, length, base in self.ledger.split(stretch.token + row.pad, stretch.length):
             token = label - row.pad
             inside = min(max(0, sinks - token), length)
             if inside:
-                found.append((token, inside, base, True))
+                found.append((token, inside, base, SINK_GAP))
             if inside < length:
-                found.append((token + inside, length - inside, base, False))
+                found.append((token + inside, length - inside, base, leap))
         return found
 
     def shifts(self, row: RowStep, stretch: Stretch) -> list[tuple[int, int, int]]:
         """Positions to turn a stretch's keys by, for the step's first query: `(token, length, shift)` each."""
         gap = self.gap(row, row.start)
         cut = self.cut(row, stretch)
-        return [(token, n, base - self.ledger.base + gap * sink) for token, n, base, sink in cut]
+        base = self.ledger.base
+        return [(token, n, own - base + (gap if leap == SINK_GAP else leap)) for token, n, own, leap in cut]
 
-    def turned(self, row: RowStep, query: Tensor, base: int, sink: bool) -> Tensor | None:
-        """The queries as they must be to meet keys of an era and, for sinks, over the gap; `None` if as they are.
+    def turned(self, row: RowStep, query: Tensor, base: int, leap: int) -> Tensor | None:
+        """The queries as they must be to meet keys of an era and over missing tokens; `None` if as they are.
 
         `query` is in the model's basis, the result in that of the pages.
         """
         drift = base - self.ledger.base
-        if self.facts is None or (drift == 0 and not sink):
+        if self.facts is None or (drift == 0 and not leap):
             return None
         # Layers that share their frequencies share the rotation; it is computed once a step.
-        memo, key = self.plan.memo, ("rotation", self.facts.inv_freq, row.start, row.stop, row.lower, base, sink)
+        memo, key = self.plan.memo, ("rotation", self.facts.inv_freq, row.start, row.stop, row.lower, base, leap)
         if key not in memo:
             tokens = range(row.start, row.stop)
-            delta = [-(drift + (self.gap(row, token) if sink else 0)) for token in tokens]
+            delta = [-(drift + (self.gap(row, token) if leap == SINK_GAP else leap)) for token in tokens]
             memo[key] = rotation(torch.tensor(delta, device=query.device), self.facts, query.device)
         cos, sin = memo[key]
         turned = turn(query, cos, sin, self.facts)
@@ -296,7 +304,9 @@ class StepView:
         if mask is None or plain:
             kept = (key >= gap) & (key <= query) if seen is None else seen & (key <= query)
             return None if single else kept
-        shifted = key + torch.where(key < sinks, gap, 0) + row.pad
+        leaps = [row.missing_from(part.start) for part in tokens]
+        leap = torch.repeat_interleave(torch.tensor(leaps), torch.tensor([len(part) for part in tokens])).to(device)
+        shifted = key + torch.where(key < sinks, gap, leap) + row.pad
         asked = mask.at(index, query + row.pad, shifted, key + row.pad)
         return asked if seen is None else seen if asked is None else seen & asked
 

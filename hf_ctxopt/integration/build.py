@@ -12,7 +12,7 @@ from transformers.modeling_utils import PreTrainedModel
 
 from ..caches import CACHES
 from ..caches.base import PageCache
-from ..caches.options import PageOptions, PrefixOptions, SinkOptions
+from ..caches.options import PageOptions, PrefixOptions, PriorityOptions, SinkOptions
 from ..caches.prefix import PrefixCache
 from ..errors import ConfigError, UnsupportedModelError
 from .compat import check_caches
@@ -84,17 +84,17 @@ def build_cache(
     config: Any = model.config
     if isinstance(options, PrefixOptions):
         return PrefixCache(config, options, pads=pads, expected=expected, place=place_of(model))
-    if not isinstance(options, SinkOptions):
+    if not isinstance(options, SinkOptions | PriorityOptions):
         return CACHES[name](config, options, pads=pads, expected=expected)
     facts = position_facts(model)
     text = config.get_text_config(decoder=True)
     cache = CACHES[name](
         config, options, rotary=facts.rotary, pads=pads, expected=expected,
-        before_eviction=_refuse(facts), span=_span(text, options) if facts.rotary else None,
+        before_eviction=_refuse(name, facts), span=_span(text, options) if facts.rotary else None,
     )  # fmt: skip
     if any(group.before_eviction for group in cache.groups):
-        _check_length(facts, options, expected)
-        _check_padding(text, options, pads)
+        _check_length(name, facts, options, expected)
+        _check_padding(text, options, pads, expected)
         decoder = decoder_of(model)
         if facts.rotary and takes_positions(decoder):
             cache.guard = PositionGuard(decoder)
@@ -107,22 +107,25 @@ def attention_cache(cache: Cache | None) -> PageCache | None:
     return inner if isinstance(inner, PageCache) else None
 
 
-def _refuse(facts: PositionFacts) -> Callable[[], None]:
+Evicting = SinkOptions | PriorityOptions
+
+
+def _refuse(name: str, facts: PositionFacts) -> Callable[[], None]:
     def before_eviction() -> None:
         if facts.refusal is not None:
             raise UnsupportedModelError(
-                f"ctx_sink cannot evict here: {facts.refusal}; use ctx_paged, or a window that holds the whole text"
+                f"{name} cannot evict here: {facts.refusal}; use ctx_paged, or room for the whole text"
             )
 
     return before_eviction
 
 
-def _check_length(facts: PositionFacts, options: SinkOptions, expected: int | None) -> None:
+def _check_length(name: str, facts: PositionFacts, options: Evicting, expected: int | None) -> None:
     """What can be known before the first token about the text's whole length."""
     if expected is None:
         return
-    if expected > options.sinks + options.window:
-        _refuse(facts)()
+    if options.most_tokens is not None and expected > options.most_tokens:
+        _refuse(name, facts)()
     if facts.table is not None and expected > facts.table:
         raise UnsupportedModelError(
             f"the text may reach {expected} tokens and the model has learned {facts.table} positions; "
@@ -130,9 +133,17 @@ def _check_length(facts: PositionFacts, options: SinkOptions, expected: int | No
         )
 
 
-def _check_padding(text: Any, options: SinkOptions, pads: Sequence[int] | None) -> None:
+def _check_padding(text: Any, options: Evicting, pads: Sequence[int] | None, expected: int | None) -> None:
     fused = getattr(text, "_attn_implementation", None) == "ctxopt"
-    if options.n_discard is not None and not fused and pads is not None and len(set(pads)) > 1:
+    if fused or pads is None or len(set(pads)) == 1:
+        return
+    if isinstance(options, PriorityOptions):
+        if expected is None or options.most_tokens is None or expected > options.most_tokens:
+            raise ConfigError(
+                "budget", options.budget, "room for the whole text where rows have unequal padding, unless "
+                "patch_model() is used: stock attention masks cannot describe rows that lose pages at different times",
+            )  # fmt: skip
+    elif options.n_discard is not None:
         raise ConfigError(
             "n_discard", options.n_discard, "None for rows of unequal padding, unless patch_model() is used: stock "
             "attention masks cannot describe rows that shift at different times",
@@ -150,8 +161,10 @@ def check_holes(cache: PageCache, attention_mask: Tensor | None, expected: int) 
     """
     if attention_mask is None or cache.context.fused:
         return
-    policies = [group.policy for group in cache.groups if group.policy.sinks and group.policy.most_held is not None]
-    if not any(expected > policy.sinks + (policy.most_held or 0) for policy in policies):
+    limits = [group.policy.sinks + group.policy.most_held for group in cache.groups
+              if group.policy.sinks and group.policy.most_held is not None]  # fmt: skip
+    limits += [group.evictor.tokens or 0 for group in cache.groups if group.evictor is not None]
+    if not any(expected > limit for limit in limits):
         return
     mask = attention_mask.bool()
     if bool((mask[:, :-1] & ~mask[:, 1:]).any()):
@@ -162,9 +175,9 @@ def check_holes(cache: PageCache, attention_mask: Tensor | None, expected: int) 
         )  # fmt: skip
 
 
-def _span(text: Any, options: SinkOptions) -> int | None:
+def _span(text: Any, options: Evicting) -> int | None:
     """Positions of an era. Rotary types that rescale with length must never see their trained length exceeded."""
-    size = options.sinks + options.window
+    size = options.most_tokens or _ERA // 2
     span = max(_ERA, 2 * size)
     limits = [limit for kind, limit in _rope_limits(text) if kind in _LENGTH_SCALED]
     if not limits:

@@ -7,7 +7,7 @@ and the tokens that are generated stay the same. The rule, in order:
 2. What transformers cannot split stays whole: prompts of more than token ids, encoder-decoders, and continued texts
    before transformers 5.23 (see `generate.py`).
 3. `ctx_sink` with a prompt longer than what it will hold: chunks of its window, at most `SMALL` tokens, so that the
-   peak is that of a short prompt, and never more than half a position era.
+   peak is that of a short prompt, and never more than half a position era. `ctx_priority`: of a quarter of its budget.
 4. Prompts of more than `LARGE` tokens on a GPU: chunks of `LARGE` tokens, or of `SMALL` where memory is tight, that is
    where the cache has a byte budget or the process may use less than `TIGHT` of the device. The activations of a 7B
    model are some 0.1 GiB at `SMALL` tokens; on large GPUs twice as long chunks keep the kernels filled. Where even
@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..caches.options import PageOptions, SinkOptions
+from ..caches.options import PageOptions, PriorityOptions, SinkOptions
 from ..pages.budget import Budget
 
 SMALL = 1024
@@ -47,6 +47,9 @@ def chunk_size(model: nn.Module, options: PageOptions, span: int | None, prompt:
         return None
     if isinstance(options, SinkOptions) and prompt > options.sinks + options.window:
         return max(1, min([options.window, SMALL] + ([] if span is None else [span // 2])))
+    if isinstance(options, PriorityOptions) and (options.most_tokens is None or prompt > options.most_tokens):
+        most = SMALL if options.most_tokens is None else max(options.page_size, options.most_tokens // 4)
+        return min([most, SMALL] + ([] if span is None else [max(1, span // 2)]))
     counted = Budget(options.budget).nbytes is not None
     device = compute_device(model)
     if device.type == "cuda" and prompt > LARGE:

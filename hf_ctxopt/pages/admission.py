@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..errors import CacheFullError, ConfigError, InterruptedStepError
 from .capacity import compact_open, resize, with_slack
+from .holes import divide, drops
 from .plan import Pages, StepRequest
 from .pool import SEALED
 from .rows import Row
@@ -65,6 +66,7 @@ def admit(groups: Sequence[LayerGroup], arriving: LayerGroup, keys: Tensor, valu
         group.arena.collect()
         if not group.storages and not group.arena.page_bytes:
             group.arena.expect_page_bytes(size)
+    divide(groups, keys.shape[0])
     requests = [_request(group, keys.shape[0], keys.shape[-2]) for group in asking]
     for group, request in zip(asking, requests, strict=True):
         if request.evicting and group.before_eviction is not None:
@@ -89,13 +91,17 @@ def _request(group: LayerGroup, batch: int, queries: int) -> StepRequest:
     horizon = group.policy.horizon
     ends = [max(0, group.seen + queries - row.pad) for row in rows]
     lows = [max(row.lower, horizon(row.length)) for row in rows]
-    in_place = group.recording or group.keeping or queries == 1 or _fits(group, ends, lows)
+    in_place = (
+        group.recording or group.keeping or group.evictor is not None or queries == 1 or _fits(group, ends, lows)
+    )
     keep = lows if in_place else [max(low, horizon(end)) for low, end in zip(lows, ends, strict=True)]
-    evicting = any(end and horizon(end - 1) for end in ends)
+    gone = [drops(group, row, end - row.length) for row, end in zip(rows, ends, strict=True)]
+    evicting = any(end and horizon(end - 1) for end in ends) or any(gone)
     sealing = group.codecs is not None and queries > (_REVOCABLE if group.recording else 1)
-    quiet = queries == 1 and all(_stays(group, row, end, low) for row, end, low in zip(rows, ends, keep, strict=True))
-    pages = group.arena.used if quiet else _rehearse(group, rows, ends, keep, sealing)
-    return StepRequest(group.seen, queries, rows, ends, keep, in_place, evicting, sealing, pages)
+    quiet = queries == 1 and not any(gone)
+    quiet = quiet and all(_stays(group, row, end, low) for row, end, low in zip(rows, ends, keep, strict=True))
+    pages = group.arena.used if quiet else _rehearse(group, rows, ends, keep, sealing, gone)
+    return StepRequest(group.seen, queries, rows, ends, keep, in_place, evicting, sealing, pages, gone)
 
 
 def _stays(group: LayerGroup, row: Row, end: int, lower: int) -> bool:
@@ -121,18 +127,20 @@ def _fits(group: LayerGroup, ends: list[int], lows: list[int]) -> bool:
     )
 
 
-def _rehearse(group: LayerGroup, rows: list[Row], ends: list[int], keep: list[int], sealing: bool) -> Pages:
+def _rehearse(
+    group: LayerGroup, rows: list[Row], ends: list[int], keep: list[int], sealing: bool, drops: list[list[int]]
+) -> Pages:
     """Pages in use after the step, with all drops before all takes: what `begin` will do, counted only."""
     pools = {False: group.pool, True: group.sealed}
     taken = {False: 0, True: 0}
     lost: Counter[int] = Counter()
     writers: Counter[int] = Counter()
     full: set[int] = set()
-    for row, end, lower in zip(rows, ends, keep, strict=True):
-        gone: set[int] = set()
+    for row, end, lower, dropped in zip(rows, ends, keep, drops, strict=True):
+        gone = {page for logical in dropped if (page := row.page_of(logical)) is not None}
         if lower > row.lower:
             wanted = group.wanted_pages(row.length, lower)
-            gone = {page for logical, page in row.pages() if not any(logical in pages for pages in wanted)}
+            gone |= {page for logical, page in row.pages() if not any(logical in pages for pages in wanted)}
         unsealed = {page for _, page in group.unsealed(row)} - gone
         full |= unsealed
         lost.update(gone | unsealed)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from .capacity import trim
+from .holes import drop, gaps
 from .plan import Fill, Pages, RowStep, StepPlan, StepRequest, Write
 from .pool import SEALED
 from .rows import Row, Stretch
@@ -20,8 +21,11 @@ if TYPE_CHECKING:
 def begin(group: LayerGroup, request: StepRequest) -> StepPlan:
     """Change the group's table for the step and return the plan that its layers carry out."""
     group.request, group.rows = None, request.rows
-    plan = StepPlan(group.seen, request.queries, request.in_place, group.dense_length(), request.sealing)
+    columns = group.dense_length(request.queries)
+    plan = StepPlan(group.seen, request.queries, request.in_place, columns, request.sealing)
     group.before_eviction = None if request.evicting else group.before_eviction
+    for row, pages in zip(group.rows, request.drops, strict=True):
+        drop(group, row, pages)
     evict(group, request.pages)
     starts = [_retire(group, row, keep, plan.in_place) for row, keep in zip(group.rows, request.keep, strict=True)]
     if group.codecs is not None:
@@ -32,7 +36,7 @@ def begin(group: LayerGroup, request: StepRequest) -> StepPlan:
     for index, (before, start, lower) in enumerate(starts):
         after = _extend(group, plan, index, request.ends[index], request.keep[index])
         step = RowStep(group.rows[index].pad, start, request.ends[index], lower, before,
-                       after if plan.in_place else [])  # fmt: skip
+                       after if plan.in_place else [], gaps(group.rows[index], group.page_size))  # fmt: skip
         plan.rows.append(step)
     group.seen += request.queries
     return plan
@@ -101,6 +105,8 @@ def _extend(group: LayerGroup, plan: StepPlan, index: int, end: int, keep: int) 
         sealed = iter(group.sealed.take(len(direct), _last(row, sealed=True), room))
         for logical in missing:
             row.add(logical, next(sealed if logical in whole else opened))
+            if group.evictor is not None:
+                row.marks[logical] = plan.queries == 1, group.evictor.clock()
     row.length, row.lower = end, keep
     if keep > start:
         row.whole = keep

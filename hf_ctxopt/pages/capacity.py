@@ -119,8 +119,10 @@ def trim(group: LayerGroup, needed: Pages | None = None) -> None:
         sealed = max(sealed, needed.sealed if needed is not None else 0)
         if group.sealed.used <= sealed < group.sealed.capacity:
             _compact_sealed(group.arena, sealed)
-    elif bound is not None and group.pool.used <= rows * bound < group.pool.capacity:
-        compact_open(group.arena, rows * bound)
+    elif bound is not None:
+        opened = max(rows * bound, needed.open if needed is not None else 0)
+        if group.pool.used <= opened < group.pool.capacity:
+            compact_open(group.arena, opened)
 
 
 def compact_open(arena: Arena, capacity: int) -> None:

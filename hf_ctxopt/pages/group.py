@@ -22,6 +22,7 @@ from .begin import begin
 from .budget import Budget
 from .capacity import resize
 from .carry_out import take_back
+from .holes import Evictor, leaving
 from .plan import Pages, StepPlan, StepRequest
 from .pool import SEALED, PagePool
 from .rows import Row
@@ -66,6 +67,7 @@ class LayerGroup:
 
     Attributes:
         recording: steps must stay revocable: nothing is evicted or sealed that a step may have to bring back.
+        evictor: names pages to drop when a budget is full; `None` where the policy's window says it all.
         keeping: all pages of a step stay until the next one begins, whatever the window.
         headroom: least number of sealed pages that growth adds at once; larger for whoever must not see it often.
     """
@@ -95,6 +97,7 @@ class LayerGroup:
         self.seen = 0
         self.evicted_pages = 0
         self.recording = self.keeping = False
+        self.evictor: Evictor | None = None
         self.request: StepRequest | None = None  # what was admitted for the coming step (see `admission.py`)
         self.plan: StepPlan | None = None
         self._late = False  # a layer turned up that missed the first step: only a fresh start helps
@@ -148,20 +151,24 @@ class LayerGroup:
 
         `ceil(sinks / page)` for the sinks, and `ceil((window - 1) / page) + 1` for a window at any alignment.
         """
+        if self.evictor is not None:
+            return None if self.evictor.tokens is None else -(-self.evictor.tokens // self.page_size)
         if self.policy.most_held is None:
             return None
         return -(-self.policy.sinks // self.page_size) - (1 - self.policy.most_held) // self.page_size + 1
 
     def held(self) -> int:
         """Tokens held, over all rows."""
-        return sum(row.held(self.policy.sinks) for row in self.rows)
+        return sum(row.held(self.policy.sinks, self.page_size) for row in self.rows)
 
-    def dense_length(self) -> int:
-        """Columns the dense route presents before the next step's queries, right-aligned."""
+    def dense_length(self, queries: int) -> int:
+        """Columns the dense route presents before the next step's `queries`, right-aligned."""
         held = []
         for row in self.rows:
             lower = max(row.lower, self.policy.horizon(row.length))
-            held.append(row.length if lower == 0 else min(self.policy.sinks, row.length) + row.length - lower)
+            count = row.length if lower == 0 else min(self.policy.sinks, row.length) + row.length - lower
+            coming = max(0, self.seen + queries - row.pad) - row.length
+            held.append(count - (len(row.holes) + leaving(self, row, coming)) * self.page_size)
         if all(count == row.length for count, row in zip(held, self.rows, strict=True)):
             return self.seen
         return max(held)
@@ -287,9 +294,13 @@ class LayerGroup:
         if not 0 <= tokens <= self.seen:
             raise ConfigError("tokens_to_remove", -tokens, f"0 to -{self.seen}, the tokens seen")
         seen = self.seen - tokens
-        if seen and tokens and any(row.lower > self.policy.horizon(max(0, seen - row.pad)) for row in self.rows):
+        if seen and tokens and any(self._misses(row, max(0, seen - row.pad)) for row in self.rows):
             allowed = "fewer: the shorter text needs tokens that were evicted; call activate_past_recording() before"
             raise ConfigError("tokens_to_remove", -tokens, allowed + " the forward pass that is to be taken back")
+
+    def _misses(self, row: Row, length: int) -> bool:
+        """Whether the row, shortened to `length` tokens, would need some that were evicted since it was that long."""
+        return row.lower > self.policy.horizon(length) or any(at > length for at in row.holes.values())
 
     def crop(self, tokens: int) -> None:
         """Take the last `tokens` columns back.
@@ -307,6 +318,7 @@ class LayerGroup:
         for row, length in zip(self.rows, lengths, strict=True):
             row.length, row.lower = length, row.lower if length else 0
             row.sealed = min(row.sealed, length // size)
+            row.holes = {page: at for page, at in row.holes.items() if page * size < length}
             self.release(row.drop(-(-length // size), _ALL))
             if row.lower:
                 self.drop_below(row, row.lower, row.length)

@@ -50,6 +50,7 @@ class RowStep:
         lower: oldest non-sink token that was held when the step began.
         before: tokens held when the step began, in text order.
         after: all tokens this step's queries may see, where the pages hold them all; otherwise empty.
+        gaps: tokens `[start, stop)` that are missing between others, in text order.
     """
 
     pad: int
@@ -58,6 +59,11 @@ class RowStep:
     lower: int
     before: list[Stretch]
     after: list[Stretch]
+    gaps: tuple[tuple[int, int], ...] = ()
+
+    def missing_from(self, token: int) -> int:
+        """Tokens that are missing at and behind `token`."""
+        return sum(stop - start for start, stop in self.gaps if start >= token)
 
 
 @dataclass(frozen=True)
@@ -72,6 +78,7 @@ class StepRequest:
         evicting: whether a query of the step does not see some earlier token any more.
         sealing: see `StepPlan`.
         pages: pages in use after the step.
+        drops: pages of each row that an evictor gives up before it.
     """
 
     seen: int
@@ -83,6 +90,7 @@ class StepRequest:
     evicting: bool
     sealing: bool
     pages: Pages
+    drops: list[list[int]]
 
 
 @dataclass

@@ -8,7 +8,7 @@ also neighbour in the pool form a `Run`, which storage can read as one stretch.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from .pool import SEALED
 
@@ -50,6 +50,8 @@ class Row:
         runs: the pages, in text order.
         sealed: logical pages before this one that were full are sealed, but for leading ones that stay open.
         whole: tokens from here on were all written; a chunk longer than the window leaves a gap before them.
+        holes: whole pages that were dropped between others, and the tokens seen when they were.
+        marks: of each page, whether a one-token step began it, and when.
     """
 
     pad: int = 0
@@ -58,6 +60,8 @@ class Row:
     runs: list[Run] = field(default_factory=list)
     sealed: int = 0
     whole: int = 0
+    holes: dict[int, int] = field(default_factory=dict)
+    marks: dict[int, tuple[bool, float]] = field(default_factory=dict)
 
     def pages(self) -> Iterator[tuple[int, int]]:
         """(logical page, pool page) pairs in text order."""
@@ -132,10 +136,10 @@ class Row:
         self.runs = kept
         return gone
 
-    def held(self, sinks: int) -> int:
+    def held(self, sinks: int, page_size: int) -> int:
         """Number of tokens held."""
         if self.lower == 0:
-            return self.length
+            return self.length - len(self.holes) * page_size
         return min(sinks, self.length) + self.length - self.lower
 
     def stretches(self, page_size: int, sinks: int, stop: int | None = None) -> list[Stretch]:
@@ -153,4 +157,5 @@ class Row:
 
     def copy(self) -> Row:
         """An independent row over the same pages (the caller counts the new references)."""
-        return Row(self.pad, self.length, self.lower, [Run(r.first, r.page, r.count) for r in self.runs], self.sealed, self.whole)
+        runs = [Run(run.first, run.page, run.count) for run in self.runs]
+        return replace(self, runs=runs, holes=dict(self.holes), marks=dict(self.marks))

@@ -157,19 +157,19 @@ def test_padding_is_never_stored_and_rows_keep_their_own_tokens() -> None:
     assert (rig.held(0), rig.held(1)) == ({0: 10, 1: 11, 2: 12}, {})
     rig.step([[13, 14, 15], [93, 94, 20]])
     assert rig.held(1) == {0: 20}
-    assert rig.group.dense_length() == 6  # no row has lost a token: all columns seen
+    assert rig.group.dense_length(1) == 6  # no row has lost a token: all columns seen
     for start in range(0, 40, 10):
         rig.step([list(range(100 + start, 110 + start)), list(range(200 + start, 210 + start))])
     assert spans(rig.held(0)) == [0, 1, *range(41, 46)]
     assert spans(rig.held(1)) == [0, 1, *range(36, 41)]
-    assert rig.group.dense_length() == 7
+    assert rig.group.dense_length(1) == 7
     assert rig.layers[0].get_mask_sizes(3) == (10, 39)
 
 
 def test_dense_columns_of_a_row_that_has_evicted_beside_one_that_has_not() -> None:
     rig = Rig(SinkWindow(sinks=2, window=6), pads=[0, 8], fused=False)
     rig.step([list(range(10)), [0] * 8 + [30, 31]])
-    assert rig.group.dense_length() == 7  # 2 sinks + 5 that query 10 sees; the other row has 2 tokens
+    assert rig.group.dense_length(1) == 7  # 2 sinks + 5 that query 10 sees; the other row has 2 tokens
     keys, _ = rig.update(0, torch.tensor([[10], [32]]))
     assert keys[0, 0, :, 0].tolist() == [0, 1, 5, 6, 7, 8, 9, 10]
     assert keys[1, 0, -3:, 0].tolist() == [30, 31, 32]

@@ -45,7 +45,7 @@ def test_an_interrupted_first_step_longer_than_the_window_leaves_an_empty_cache(
     rig = Rig(SINKS)
     rig.update(0, numbers(0, 1, 50))
     assert rig.group.settle() == 0
-    assert (rig.group.held(), rig.group.dense_length()) == (0, 0)
+    assert (rig.group.held(), rig.group.dense_length(1)) == (0, 0)
     rig.step(numbers(0, 1, 5))
     assert rig.held(0, 1) == {t: t for t in range(5)}
 

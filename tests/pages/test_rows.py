@@ -59,7 +59,7 @@ def test_dropping_returns_exactly_the_pool_pages_that_go(
     [(7, 0, 4, 7), (20, 12, 4, 12), (20, 20, 4, 4), (2, 0, 4, 2), (20, 12, 0, 8)],
 )
 def test_held_counts_sinks_and_what_is_above_the_lower_bound(length: int, lower: int, sinks: int, held: int) -> None:
-    assert Row(length=length, lower=lower).held(sinks) == held
+    assert Row(length=length, lower=lower).held(sinks, 4) == held
 
 
 def test_stretches_are_cut_at_sinks_lower_bound_length_and_gaps_in_the_pool() -> None:

@@ -42,7 +42,8 @@ def test_ranges_can_be_dictionaries() -> None:
     ("ranges", "field"),
     [
         ([[0, 5, 101]], "priority"), ([[0, 5, -1]], "priority"), ([[0, 5, True]], "priority"), ([[5, 5, 1]], "end"),
-        ([[6, 5, 1]], "end"), ([[-1, 5, 1]], "start"), ([[0.5, 5, 1]], "start"), ([[0, 5, 1], [4, 9, 1]], "priorities"),
+        ([[6, 5, 1]], "end"), ([[-1, 5, 1]], "start"), ([[0.5, 5, 1]], "start"),
+        ([[0, 5, 1], [4, 9, 1]], "priorities"),
         ([[0, None, 1], [4, 9, 1]], "priorities"), ([[5, 9, 1], [0, 4, 1]], "priorities"), ("high", "priorities"),
         ([7], "priorities"), ([[0]], "priorities"), ([{"start": 0, "prio": 3}], "prio"), ([{"end": 3}], "priorities"),
         ([[0, 5, 1, 0]], "duration"), ([[0, 5, 1, "x"]], "duration"),

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from hypothesis import HealthCheck, settings, strategies as st
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from hf_ctxopt.pages.radix import RadixTree
@@ -74,7 +75,7 @@ class RadixMachine(RuleBasedStateMachine):
                       and not any(len(other) > len(page) and other[: len(page)] == page and not more[1]
                                   for other, more in self.known.items())]  # fmt: skip
             moved: list[list[Any]] = []
-            gone = self.tree.evict(1, (lambda item, priority: self._send(item, moved)) if away else None)
+            gone = self.tree.evict(1, (lambda item, _, moved=moved: self._send(item, moved)) if away else None)
             if not leaves:
                 assert not gone
                 assert not moved
