@@ -49,7 +49,7 @@ PLACES: tuple[tuple[str, Role], ...] = (
 _BY_NAME = {name: role for role, names in NAMES.items() for name in names}
 _PLACES = tuple((re.compile(pattern), role) for pattern, role in PLACES)
 _LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks|block)\.(\d+)\.")
-# Never quantized (`tensor_allows_quantization`): norms, routers, short convolutions, positions, state-space parameters.
+# Never quantized (`tensor_allows_quantization`): norms, routers, short convolutions, positions, state-space terms.
 _KEPT = re.compile(
     r"norm|ln_|layernorm|(^|\.)gate$|router|shared_expert_gate|conv1d|conv\.conv|wpe|embed_positions|position_emb"
     r"|altup|laurel|per_layer_model_projection|relative_attention_bias|patch_emb|A_log|dt_bias|(^|\.)D$"

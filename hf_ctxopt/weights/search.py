@@ -47,10 +47,10 @@ def affine_scales(
     weighted = counts * weight
     s_x, s_xx = weighted.sum(1, keepdim=True), (weighted * weight).sum(1, keepdim=True)
     scale, minimum, best = width / top, low, torch.full_like(low, torch.inf)
-    shifted = weight - low
     steps = torch.linspace(first, last, trials).tolist() if trials > 1 else [first]
     for step in (0.0, *steps):
-        codes = (shifted * (per * (top + step))).round_().clamp_(0, top)
+        # From the best minimum so far: least squares has often moved it off the smallest weight.
+        codes = ((weight - minimum) * (per * (top + step))).round_().clamp_(0, top)
         counted = counts * codes
         s_l, s_ll = counted.sum(1, keepdim=True), (counted * codes).sum(1, keepdim=True)
         s_lx = (counted * weight).sum(1, keepdim=True)

@@ -15,6 +15,8 @@ from torch import Tensor
 from .bits import from_half, inverse, to_half
 from .search import affine_scales, symmetric_scale
 
+REFITS = 2  # rounds of least squares for a block's two scales, after which its integers are chosen anew
+
 
 def _unpack_scales(packed: Tensor) -> tuple[Tensor, Tensor]:
     """12 bytes (blocks, 12) to 8 scales and 8 minima of 6 bits, uint8 (blocks, 8) each."""
@@ -70,17 +72,64 @@ def _encode_affine(weight: Tensor, importance: Tensor | None, bits: int) -> Tens
         counts = (importance * (spread + weight.square()).sqrt()).view(-1, 32)
         reach = (-0.9, 0.9, 37)
     scale, minimum = (part.view(blocks, 8) for part in affine_scales(groups, counts, top, *reach))
-    factor = to_half(scale.amax(1, keepdim=True) / 63)
-    base = to_half(-minimum.amin(1, keepdim=True) / 63)
-    multiples = (scale * inverse(from_half(factor))).round().clamp_(0, 63)
-    depths = (-minimum * inverse(from_half(base))).round().clamp_(0, 63)
-    held = (from_half(factor) * multiples).view(-1, 1)
-    codes = (groups + (from_half(base) * depths).view(-1, 1)) * inverse(held)
-    codes = codes.round_().clamp_(0, top).to(torch.uint8).view(blocks, 8, 32)
-    parts = [factor, base, _pack_scales(multiples.to(torch.uint8), depths.to(torch.uint8))]
+    groups = groups.view(blocks, 8, 32)
+    factor, base = scale.amax(1, keepdim=True) / 63, -minimum.amin(1, keepdim=True) / 63
+    fit = _affine_codes(groups, counts.view_as(groups), scale, minimum, factor, base, top)
+    for _ in range(REFITS):
+        factor, base = _refit(groups, counts.view_as(groups), fit)
+        again = _affine_codes(groups, counts.view_as(groups), scale, minimum, factor, base, top)
+        better = again[-1] < fit[-1]
+        fit = tuple(
+            torch.where(better.view(-1, *[1] * (new.dim() - 1)), new, old) for new, old in zip(again, fit, strict=True)
+        )
+    factor, base, multiples, depths, codes, _ = fit
+    codes = codes.to(torch.uint8)
+    parts = [to_half(factor), to_half(base), _pack_scales(multiples.to(torch.uint8), depths.to(torch.uint8))]
     if bits == 5:
         parts.append((codes >> 4 << _shifts(8, 1, codes)).sum(1, dtype=torch.uint8))
     return torch.cat([*parts, _pack_pairs(codes & 15)], dim=1)
+
+
+def _affine_codes(
+    groups: Tensor, counts: Tensor, scale: Tensor, minimum: Tensor, factor: Tensor, base: Tensor, top: int
+) -> tuple[Tensor, ...]:
+    """The block's integers for its two scales.
+
+    Args:
+        groups: float32 (blocks, 8, 32).
+        counts: what each squared error counts, of the same shape.
+        scale, minimum: of each group, (blocks, 8).
+        factor, base: the block's scale of the scales and of the minima, (blocks, 1); rounded to fp16 here.
+        top: largest code.
+
+    Returns:
+        factor, base, multiples (blocks, 8), depths (blocks, 8), codes (blocks, 8, 32), weighted squared error (blocks,).
+    """
+    factor, base = from_half(to_half(factor)), from_half(to_half(base))
+    multiples = (scale * inverse(factor)).round_().clamp_(0, 63)
+    depths = (-minimum * inverse(base)).round_().clamp_(0, 63)
+    step, shift = (factor * multiples).unsqueeze(-1), (base * depths).unsqueeze(-1)
+    codes = ((groups + shift) * inverse(step)).round_().clamp_(0, top)
+    error = (codes * step - shift - groups).square_().mul_(counts).sum((1, 2))
+    return factor, base, multiples, depths, codes, error
+
+
+def _refit(groups: Tensor, counts: Tensor, fit: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+    """The least-squares `factor` and `base` of a block for the integers that it has: two unknowns per block."""
+    factor, base, multiples, depths, codes, _ = fit
+    rise, fall = multiples.unsqueeze(-1) * codes, depths.unsqueeze(-1)
+    counted = counts * rise
+    rr, rf = (counted * rise).sum((1, 2)), (counted * fall).sum((1, 2))
+    xr = (counted * groups).sum((1, 2))
+    ff, xf = (counts * fall * fall).sum((1, 2)), (counts * fall * groups).sum((1, 2))
+    determinant = rr * ff - rf * rf
+    solvable = determinant > 1e-6 * rr * ff
+    divisor = torch.where(solvable, determinant, 1)
+    both = (xr * ff - xf * rf) / divisor, (xr * rf - xf * rr) / divisor
+    alone = xr / torch.where(rr > 0, rr, 1)  # no group has a minimum
+    new_factor = torch.where(solvable, both[0], torch.where(ff == 0, alone, factor.view(-1)))
+    new_base = torch.where(solvable, both[1], base.view(-1))
+    return new_factor.clamp(min=0).unsqueeze(1), new_base.clamp(min=0).unsqueeze(1)
 
 
 def _decode_q6(blocks: Tensor) -> Tensor:
