@@ -103,7 +103,7 @@ def _affine_codes(
         top: largest code.
 
     Returns:
-        factor, base, multiples (blocks, 8), depths (blocks, 8), codes (blocks, 8, 32), weighted squared error (blocks,).
+        factor, base, multiples (blocks, 8), depths (blocks, 8), codes (blocks, 8, 32), squared error (blocks,).
     """
     factor, base = from_half(to_half(factor)), from_half(to_half(base))
     multiples = (scale * inverse(factor)).round_().clamp_(0, 63)

@@ -146,8 +146,8 @@ def test_damaged_files_are_refused(tmp_path):
             GgufFile(path)
             accepted.append(what)
         except CorruptFileError as error:
-            assert error.path == str(path)
-            assert error.reason
+            if error.path != str(path) or not error.reason:
+                accepted.append(f"{what}: {error}")
         taken = time.process_time() - started
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
