@@ -29,7 +29,8 @@ def unpack_nibbles(packed: Tensor) -> Tensor:
 def pack_nibbles(codes: Tensor) -> Tensor:
     """Inverse of `unpack_nibbles`."""
     low, high = codes.chunk(2, dim=-1)
-    return low | high << 4
+    packed: Tensor = low | high << 4
+    return packed
 
 
 def unpack_bits(packed: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..errors import CorruptFileError, UnsupportedModelError
 from .blocks import BLOCKS
@@ -47,7 +47,7 @@ class NamedTensor:
     transposed: bool = False
 
 
-def named_tensors(file: GgufFile, model: nn.Module) -> Iterator[NamedTensor]:
+def named_tensors(file: GgufFile, model: Any) -> Iterator[NamedTensor]:
     """The file's tensors one by one; nothing is read of one before it is its turn.
 
     Tensors that transformers has no parameter for (rotary tables) are left out, as transformers itself leaves them.
@@ -69,7 +69,12 @@ def named_tensors(file: GgufFile, model: nn.Module) -> Iterator[NamedTensor]:
     facts = {key: value for key, value in config.to_dict().items() if value is not None}
     facts.setdefault("num_key_value_heads", facts.get("num_attention_heads"))
     processor = processors().get(architecture, plain_processor())(config=facts)
-    names = name_map()(model, processor)
+    try:  # by the file's architecture: a Mistral's file is a llama's, and gguf knows no other name for it
+        names = name_map()(model, processor, model_type=architecture)
+    except NotImplementedError as error:
+        raise UnsupportedModelError(
+            f"{file.header.path}: gguf does not know the architecture {architecture}"
+        ) from error
     for name in file.tensors:
         experts = _EXPERTS.match(name)
         key = name if name in names else (experts["stem"] if experts else name)

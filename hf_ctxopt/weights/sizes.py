@@ -20,8 +20,8 @@ def shape_of(config: Any) -> Shape:
         (n for key in ("num_local_experts", "num_experts", "n_routed_experts") if (n := getattr(config, key, None))), 1
     )
     layers = int(config.num_hidden_layers)
-    heads = getattr(config, "num_attention_heads", None)
-    groups = getattr(config, "num_key_value_heads", None)
+    heads = int(getattr(config, "num_attention_heads", 0) or 0)
+    groups = int(getattr(config, "num_key_value_heads", 0) or 0)
     family = str(getattr(config, "model_type", ""))
     return Shape(
         layers=layers,
@@ -29,7 +29,7 @@ def shape_of(config: Any) -> Shape:
         experts=int(experts),
         falcon=family == "falcon",
         # llama.cpp calls these 70B: a llama of 80 layers (`llama-model.cpp`).
-        large_gqa=family == "llama" and layers == 80 and bool(heads) and bool(groups) and heads // groups >= 4,
+        large_gqa=family == "llama" and layers == 80 and 0 < 4 * groups <= heads,
     )
 
 

@@ -43,7 +43,8 @@ def _unpack_pairs(packed: Tensor) -> Tensor:
 def _pack_pairs(codes: Tensor) -> Tensor:
     """Inverse of `_unpack_pairs`."""
     rows = codes.unflatten(1, (4, 2))
-    return (rows[:, :, 0] | rows[:, :, 1] << 4).flatten(1)
+    packed: Tensor = rows[:, :, 0] | rows[:, :, 1] << 4
+    return packed.flatten(1)
 
 
 def _shifts(count: int, step: int, like: Tensor) -> Tensor:
