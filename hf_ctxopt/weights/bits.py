@@ -36,10 +36,12 @@ def pack_nibbles(codes: Tensor) -> Tensor:
 def unpack_bits(packed: Tensor) -> Tensor:
     """uint8 (blocks, n) to bits (blocks, 8 n), least significant first."""
     shifts = torch.arange(8, dtype=torch.uint8, device=packed.device)
-    return (packed.unsqueeze(-1) >> shifts & 1).flatten(1)
+    bits: Tensor = packed.unsqueeze(-1) >> shifts & 1
+    return bits.flatten(1)
 
 
 def pack_bits(bits: Tensor) -> Tensor:
     """Inverse of `unpack_bits`."""
     shifts = torch.arange(8, dtype=torch.uint8, device=bits.device)
-    return (bits.unflatten(-1, (-1, 8)) << shifts).sum(-1, dtype=torch.uint8)
+    shifted: Tensor = bits.unflatten(-1, (-1, 8)) << shifts
+    return shifted.sum(-1, dtype=torch.uint8)

@@ -70,14 +70,15 @@ def affine_scales(
     return scale, minimum
 
 
-def symmetric_scale(weight: Tensor, counts: Tensor, half: int, reach: int = 9) -> Tensor:
+def symmetric_scale(weight: Tensor, counts: Tensor, half: int, trials: int = 19) -> Tensor:
     """Signed scale of each group for `weight ~ scale * code`, codes -`half` to `half` - 1.
 
     Args:
         weight: float32 (groups, n).
         counts: float32 (groups, n), non-negative.
         half: half the number of codes.
-        reach: trials on either side of the covering scale, a tenth of a code apart.
+        trials: how many scales; with them the largest weight lies between 3/4 of the codes and one code beyond.
+            ggml stays within 0.9 codes of the last, which at 64 codes misses a tenth of the error.
 
     Returns:
         (groups, 1); the largest weight gets the code -`half`, so the scale's sign is opposite to that weight's.
@@ -86,8 +87,8 @@ def symmetric_scale(weight: Tensor, counts: Tensor, half: int, reach: int = 9) -
     dead = peak.abs() < TINY
     per = inverse(torch.where(dead, 0, peak))
     scale, best = torch.zeros_like(peak), torch.full_like(peak, -1.0)
-    for step in range(-reach, reach + 1):
-        codes = (weight * (per * -(half + 0.1 * step))).round_().clamp_(-half, half - 1)
+    for step in (0.0, *torch.linspace(-half / 4, 1, trials).tolist()):
+        codes = (weight * (per * -(half + step))).round_().clamp_(-half, half - 1)
         counted = counts * codes
         s_ll = (counted * codes).sum(1, keepdim=True)
         s_lx = (counted * weight).sum(1, keepdim=True)
