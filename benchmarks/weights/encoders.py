@@ -1,8 +1,8 @@
 """Our encoders beside llama.cpp's on the same tensors: weighted error, and speed on a CPU.
 
-llama.cpp's are called through `ggml_quantize_chunk` of a `libggml-base.so`, e.g. built from the vendored sources of
-the package llama-cpp-python (`cmake -S vendor/llama.cpp/ggml -B build && cmake --build build --target ggml-base`); name
-the file with `--library`. The error is weighted as ggml weighs it: by the importance if there is one, else by
+llama.cpp's are called through `ggml_quantize_chunk` of a `libggml-base.so` that `--library` names, e.g. one built from
+the vendored sources of the package llama-cpp-python:
+`cmake -S vendor/llama.cpp/ggml -B build && cmake --build build --target ggml-base`. The error is weighted as ggml weighs it: by the importance if there is one, else by
 root mean square + |w| of the group (Q4_K, Q5_K), w^2 (Q6_K) or not at all.
 """
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 import importlib.util
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -22,7 +23,6 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common import arguments, verdict, write_results
-
 from hf_ctxopt.weights.blocks import BLOCKS, packed_bytes
 from hf_ctxopt.weights.codecs import decode, encode
 from hf_ctxopt.weights.gguf_file import GgufFile
@@ -33,7 +33,7 @@ COLUMNS = 4096
 
 def quantizer(library: str) -> Any:
     """`ggml_quantize_chunk` of the library."""
-    function = ctypes.CDLL(library, mode=ctypes.RTLD_GLOBAL).ggml_quantize_chunk
+    function = ctypes.CDLL(library, mode=os.RTLD_LAZY).ggml_quantize_chunk
     function.restype = ctypes.c_size_t
     wide = ctypes.c_int64
     function.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, wide, wide, wide, ctypes.c_void_p]
@@ -95,7 +95,8 @@ def compare(function: Any, kind: str, weight: Tensor, name: str, importance: Ten
     return {
         "tensor": kind, "type": name, "importance": importance is not None, "weighted_rmse": weighted,
         "llama_cpp_weighted_rmse": weighted_other, "ratio": ratio, "plain_ratio": plain / plain_other,
-        "same_bytes": float((ours == other).float().mean()), "mega_weights_per_s": weight.numel() / 1e6 / (between - started),
+        "same_bytes": float((ours == other).float().mean()),
+        "mega_weights_per_s": weight.numel() / 1e6 / (between - started),
         "llama_cpp_mega_weights_per_s": weight.numel() / 1e6 / (ended - between),
         "passed": ratio <= BAR if name.endswith("_K") else None,
     }  # fmt: skip
