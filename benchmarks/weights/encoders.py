@@ -91,10 +91,12 @@ def compare(function: Any, kind: str, weight: Tensor, name: str, importance: Ten
     ended = time.perf_counter()
     weighted, plain = error(weight, ours, name, importance)
     weighted_other, plain_other = error(weight, other, name, importance)
-    ratio = weighted / weighted_other if weighted_other else float(weighted > 0)
+    # A tensor that a type holds exactly (SmolLM2's embedding in Q8_0) has no error to divide by.
+    ratio = weighted / weighted_other if weighted_other else 1.0 + weighted
+    plain_ratio = plain / plain_other if plain_other else 1.0 + plain
     return {
         "tensor": kind, "type": name, "importance": importance is not None, "weighted_rmse": weighted,
-        "llama_cpp_weighted_rmse": weighted_other, "ratio": ratio, "plain_ratio": plain / plain_other if plain_other else float(plain > 0),
+        "llama_cpp_weighted_rmse": weighted_other, "ratio": ratio, "plain_ratio": plain_ratio,
         "same_bytes": float((ours == other).float().mean()),
         "mega_weights_per_s": weight.numel() / 1e6 / (between - started),
         "llama_cpp_mega_weights_per_s": weight.numel() / 1e6 / (ended - between),
