@@ -1,0 +1,79 @@
+"""A model's config as GGUF metadata: the reverse of the table by which transformers reads it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..errors import UnsupportedModelError
+from .upstream import config_keys
+
+# transformers' model type -> (llama.cpp's architecture, transformers' name of the table's row). In these the values
+# are llama.cpp's but for the order of q and k rows (llama, mistral) and norms stored plus one (gemma). A Mistral is a
+# llama to llama.cpp, and transformers reads it back as one: without its sliding window.
+ARCHITECTURES: dict[str, tuple[str, str]] = {
+    "llama": ("llama", "llama"),
+    "mistral": ("llama", "mistral"),
+    "qwen2": ("qwen2", "qwen2"),
+    "qwen3": ("qwen3", "qwen3"),
+    "gemma2": ("gemma2", "gemma2"),
+    "gemma3_text": ("gemma3", "gemma3"),
+    "phi3": ("phi3", "phi3"),
+}
+TOKENS = {
+    "tokenizer.ggml.bos_token_id": "bos_token_id",
+    "tokenizer.ggml.eos_token_id": "eos_token_id",
+    "tokenizer.ggml.padding_token_id": "pad_token_id",
+}
+ROTATED = ("llama", "mistral")
+PLUS_ONE = ("gemma2", "gemma3_text")
+
+
+def family_of(config: Any) -> str:
+    """Model type of `config` if it can be written. Raises `UnsupportedModelError` naming those that can."""
+    family = str(config.model_type)
+    if family not in ARCHITECTURES:
+        raise UnsupportedModelError(f"no .gguf is written for {family}; written are {', '.join(ARCHITECTURES)}")
+    return family
+
+
+def metadata_of(config: Any) -> dict[str, Any]:
+    """Metadata keys (with their architecture) and values of a text config.
+
+    Raises:
+        UnsupportedModelError: an architecture that is not written, or a scaled rotary embedding, which transformers
+            does not read back from a file.
+        CompatibilityError: transformers' table is gone.
+    """
+    family = family_of(config)
+    architecture, row = ARCHITECTURES[family]
+    rotary = _rotary(config)
+    found: dict[str, Any] = {}
+    for key, name in config_keys()[row].items():
+        if name is None:
+            continue
+        value = rotary["rope_theta"] if name == "rope_theta" else getattr(config, name, None)
+        if value is not None:
+            found[f"{architecture}.{key}"] = value
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    # What llama.cpp wants besides; transformers ignores it where it is not in its table.
+    found[f"{architecture}.rope.dimension_count"] = int(head * rotary.get("partial_rotary_factor", 1.0))
+    found[f"{architecture}.attention.key_length"] = found[f"{architecture}.attention.value_length"] = head
+    for key, name in TOKENS.items():
+        token = getattr(config, name, None)
+        if token is not None:
+            found[key] = token[0] if isinstance(token, list) else token
+    if getattr(config, "sliding_window", None):
+        found[f"{architecture}.attention.sliding_window"] = config.sliding_window
+    return found
+
+
+def _rotary(config: Any) -> dict[str, Any]:
+    """Rotary facts of the full-attention layers; other layers' bases are the architecture's own."""
+    facts = dict(getattr(config, "rope_parameters", None) or {})
+    if "full_attention" in facts:
+        facts = dict(facts["full_attention"])
+    kind = facts.get("rope_type", "default")
+    if kind != "default":
+        raise UnsupportedModelError(f"no .gguf is written for the rotary scaling {kind!r}")
+    facts.setdefault("rope_theta", 10000.0)
+    return facts

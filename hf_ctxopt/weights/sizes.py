@@ -1,0 +1,86 @@
+"""Bytes of a model's weights under a mix, from its config alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from torch import nn
+
+from .blocks import packed_bytes
+from .mixes import Shape, tensor_type
+
+F16_BYTES, F32_BYTES = 2, 4
+
+
+def shape_of(config: Any) -> Shape:
+    """The rules' view of a transformers config (the text part of a multimodal one)."""
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    experts = next(
+        (n for key in ("num_local_experts", "num_experts", "n_routed_experts") if (n := getattr(config, key, None))), 1
+    )
+    layers = int(config.num_hidden_layers)
+    heads = int(getattr(config, "num_attention_heads", 0) or 0)
+    groups = int(getattr(config, "num_key_value_heads", 0) or 0)
+    family = str(getattr(config, "model_type", ""))
+    return Shape(
+        layers=layers,
+        tied=bool(getattr(config, "tie_word_embeddings", False)),
+        experts=int(experts),
+        falcon=family == "falcon",
+        # llama.cpp calls these 70B: a llama of 80 layers (`llama-model.cpp`).
+        large_gqa=family == "llama" and layers == 80 and 0 < 4 * groups <= heads,
+    )
+
+
+def meta_model(config: Any) -> nn.Module:
+    """A causal language model of `config` whose parameters take no memory."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model: nn.Module = AutoModelForCausalLM.from_config(config)
+    return model
+
+
+def weights_of(model: nn.Module) -> Iterator[tuple[str, Sequence[int]]]:
+    """(name, shape (..., columns)) of every parameter once; GPT-2's transposed `Conv1D` as its linear."""
+    transposed = {id(m.weight) for m in model.modules() if type(m).__name__ == "Conv1D"}
+    for name, parameter in model.named_parameters():
+        shape = tuple(parameter.shape)
+        yield name, shape[::-1] if id(parameter) in transposed else shape
+
+
+def size_of(model: Any, mix: str) -> int:
+    """Bytes of the weights packed as `mix`, as a `.gguf` file holds them: kept tensors in float32, columns that no
+    block fits in float16, a tied head once.
+
+    Args:
+        model: a transformers config, or a model (one on the meta device will do).
+        mix: key of `MIXES`.
+
+    Raises:
+        ConfigError: unknown mix.
+    """
+    module = model if isinstance(model, nn.Module) else meta_model(model)
+    shape = shape_of(module.config)
+    total = 0
+    for name, size in weights_of(module):
+        kind = tensor_type(name, size, mix, shape)
+        if kind is not None:
+            total += packed_bytes(size, kind)
+        else:
+            total += _numel(size) * (F16_BYTES if _matrix_without_block(name, size, mix, shape) else F32_BYTES)
+    return total
+
+
+def _numel(size: Sequence[int]) -> int:
+    total = 1
+    for part in size:
+        total *= part
+    return total
+
+
+def _matrix_without_block(name: str, size: Sequence[int], mix: str, shape: Shape) -> bool:
+    """Whether only the columns keep a matrix from being packed."""
+    return len(size) >= 2 and tensor_type(name, (*size[:-1], 256), mix, shape) is not None
