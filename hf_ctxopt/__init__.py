@@ -15,6 +15,7 @@ from .errors import (
     ConfigError,
     CorruptFileError,
     CtxoptError,
+    DoesNotFitError,
     IntegrityError,
     InterruptedStepError,
     UnsupportedModelError,
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
     from .integration.patch import patch_model, patched, unpatch_model
     from .integration.saved import load_store, save_store
     from .integration.session import Session
+    from .planner.plan import Plan
+    from .planner.search import plan
 
 __version__ = "0.1.0"
 
@@ -38,9 +41,11 @@ __all__ = [
     "ConfigError",
     "CorruptFileError",
     "CtxoptError",
+    "DoesNotFitError",
     "IntegrityError",
     "InterruptedStepError",
     "PagedCache",
+    "Plan",
     "PrefixCache",
     "PriorityCache",
     "Session",
@@ -52,6 +57,7 @@ __all__ = [
     "make_cache",
     "patch_model",
     "patched",
+    "plan",
     "priorities_from_messages",
     "register",
     "save_store",
@@ -62,6 +68,7 @@ __all__ = [
 
 _LAZY = {
     "PagedCache": ".caches",
+    "Plan": ".planner.plan",
     "PrefixCache": ".caches",
     "PriorityCache": ".caches",
     "SinkCache": ".caches",
@@ -74,6 +81,7 @@ _LAZY = {
     "make_cache": ".integration.build",
     "patch_model": ".integration.patch",
     "patched": ".integration.patch",
+    "plan": ".planner.search",
     "unpatch_model": ".integration.patch",
     "testing": ".testing",
 }

@@ -68,3 +68,21 @@ class CorruptFileError(CtxoptError, ValueError):
 
 class CompatibilityError(CtxoptError, ImportError):
     """The installed transformers lacks something hf_ctxopt hooks into; the message names it."""
+
+
+class DoesNotFitError(CtxoptError, ValueError):
+    """No setting makes the model fit the memory.
+
+    Args:
+        shortfall: bytes that are missing.
+        what: what does not fit.
+        remedies: what would fit, one sentence each.
+    """
+
+    def __init__(self, shortfall: int, what: str, remedies: tuple[str, ...] = ()) -> None:
+        would = "".join(f"; {remedy}" for remedy in remedies)
+        super().__init__(f"{what}: {shortfall:,} bytes ({shortfall / 2**30:.2f} GiB) are missing{would}")
+        self.shortfall, self.what, self.remedies = shortfall, what, remedies
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.shortfall, self.what, self.remedies)

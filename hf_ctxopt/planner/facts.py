@@ -1,0 +1,297 @@
+"""What a plan needs to know of a model: its layers' keys and values, its matrices, its trained length.
+
+Read from a config, with the model on the meta device, or from a model as it stands. Nothing is downloaded or loaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..errors import ConfigError, UnsupportedModelError
+from ..weights.mixes import Shape
+from ..weights.roles import Role, layer_of, role
+from ..weights.sizes import meta_model, shape_of, weights_of
+
+_LENGTH_SCALED = ("dynamic", "longrope")
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """The keys and values of the layers that keep the same tokens and have equal heads.
+
+    Args:
+        layers: how many they are.
+        kv_heads: heads of keys and values.
+        key_dim: channels of a key.
+        value_dim: channels of a value.
+        window: the model's own sliding window; `None` for full attention.
+    """
+
+    layers: int
+    kv_heads: int
+    key_dim: int
+    value_dim: int
+    window: int | None = None
+
+    def token_bytes(self, item: int) -> int:
+        """Bytes of a token over the layers, in elements of `item` bytes."""
+        return self.layers * self.kv_heads * (self.key_dim + self.value_dim) * item
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """One parameter: its name, its shape (..., columns), and whether a quantizer of linear layers takes it."""
+
+    name: str
+    shape: tuple[int, ...]
+    linear: bool
+
+    @property
+    def numel(self) -> int:
+        """Its weights."""
+        total = 1
+        for size in self.shape:
+            total *= size
+        return total
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelFacts:
+    """A model as the planner sees it.
+
+    Args:
+        name: what it was given as, or its type.
+        source: the folder or file to load it from; `None` for a config or a model.
+        groups: its attention layers by what they keep.
+        matrices: every parameter once.
+        shape: what the mixes' rules look at.
+        trained: tokens that it was trained on; `None` if its config does not say.
+        window_limit: most tokens that sinks and window may hold together; `None` if nothing may leave.
+        layers, hidden, inner, heads, vocab: sizes; `inner` of the feed-forward layers, `heads` of queries.
+        active: share of the experts' weights that a token reads.
+        item: bytes of an element of K and V.
+        loaded: bytes of (layers, embedding, head) of a model that is loaded, on its device; `None` for a config.
+        other_layers: layers with a state of their own kind (linear attention), which is not counted.
+    """
+
+    name: str
+    source: str | None
+    groups: tuple[LayerShape, ...]
+    matrices: tuple[Matrix, ...] = field(repr=False)
+    shape: Shape
+    trained: int | None
+    window_limit: int | None
+    layers: int
+    hidden: int
+    inner: int
+    heads: int
+    vocab: int
+    active: float = 1.0
+    item: int = 2
+    loaded: tuple[int, int, int] | None = None
+    other_layers: int = 0
+
+    @property
+    def tied(self) -> bool:
+        """Whether embedding and head are one matrix."""
+        return self.shape.tied
+
+
+def facts_of(model: Any) -> ModelFacts:
+    """What the planner needs to know of `model`.
+
+    Args:
+        model: a transformers model or config, a dictionary with `model_type`, or the path of a folder with a
+            `config.json`, of such a file, or of a `.gguf` file. Anything else that is text goes to transformers as a
+            Hub id.
+
+    Raises:
+        ConfigError: there is no such model or config.
+        UnsupportedModelError: its keys and values are not those of attention heads that pages can hold.
+    """
+    from torch import nn
+
+    if isinstance(model, nn.Module):
+        return _facts(model.config, model, None)
+    source = None
+    if isinstance(model, str | Path):
+        source = str(Path(model).parent if Path(model).name == "config.json" else model)
+        model = _config_at(str(model))
+    elif isinstance(model, Mapping):
+        model = _config_of(model)
+    if not hasattr(model, "get_text_config"):
+        raise ConfigError("model", type(model).__name__, "a transformers model or config, a dictionary or a path")
+    return _facts(model, None, source)
+
+
+def _config_at(spec: str) -> Any:
+    from transformers import AutoConfig
+
+    path = Path(spec).expanduser()
+    extra = {}
+    if path.suffix == ".gguf" and path.is_file():
+        path, extra = path.parent, {"gguf_file": path.name}
+    elif not path.exists() and (path.is_absolute() or spec.startswith((".", "~")) or spec.count("/") > 1):
+        raise ConfigError("model", spec, "an existing folder, config.json or .gguf file, or a Hub id")
+    try:
+        return AutoConfig.from_pretrained(str(path) if path.exists() else spec, **extra)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ConfigError("model", spec, f"one whose config transformers can read ({reason})") from error
+
+
+def _config_of(values: Mapping[str, Any]) -> Any:
+    from transformers import AutoConfig
+
+    given = dict(values)
+    kind = given.pop("model_type", None)
+    try:
+        return AutoConfig.for_model(kind, **given)
+    except (ValueError, TypeError, KeyError) as error:
+        raise ConfigError("model_type", kind, "a type that this version of transformers knows") from error
+
+
+def _facts(config: Any, model: Any, source: str | None) -> ModelFacts:
+    text = config.get_text_config(decoder=True)
+    if getattr(config, "is_encoder_decoder", False):
+        raise UnsupportedModelError(f"{config.model_type}: encoder-decoder models cannot be planned for")
+    if getattr(text, "kv_lora_rank", None):
+        raise UnsupportedModelError(
+            f"{text.model_type}: multi-head latent attention stores compressed states (kv_lora_rank="
+            f"{text.kv_lora_rank}), whose size in this cache is not what its config says; it cannot be planned for"
+        )
+    module = model if model is not None else meta_model(config)
+    groups, others = _groups(text, module)
+    experts = float(shape_of(config).experts)
+    chosen = float(getattr(text, "num_experts_per_tok", 0) or getattr(text, "top_k_experts", 0) or experts)
+    hidden = int(text.hidden_size)
+    inner = int(getattr(text, "intermediate_size", 0) or getattr(text, "n_inner", 0) or 4 * hidden)
+    narrow = int(getattr(text, "moe_intermediate_size", 0) or 0)
+    trained = int(getattr(text, "max_position_embeddings", 0) or getattr(text, "n_positions", 0) or 0) or None
+    return ModelFacts(
+        name=source or str(getattr(config, "_name_or_path", "") or config.model_type), source=source, groups=groups,
+        matrices=_matrices(module), shape=shape_of(config), trained=trained, window_limit=_window_limit(text, trained),
+        layers=int(text.num_hidden_layers), hidden=hidden, inner=max(inner, int(narrow * chosen)),
+        heads=int(text.num_attention_heads), vocab=int(text.vocab_size), active=min(1.0, chosen / experts),
+        item=2 if model is None else _item(model), loaded=None if model is None else _loaded(model),
+        other_layers=others,
+    )  # fmt: skip
+
+
+def _groups(text: Any, module: Any) -> tuple[tuple[LayerShape, ...], int]:
+    """Layers of equal heads and windows together, as the cache will have them, and how many it does not page."""
+    from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+
+    stock = DynamicCache(config=text).layers or [DynamicLayer() for _ in range(int(text.num_hidden_layers))]
+    measured = _projections(module)
+    counted: dict[tuple[int, int, int, int | None], int] = {}
+    others = 0
+    for index, layer in enumerate(stock):
+        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
+            others += 1
+            continue
+        window = int(layer.sliding_window) if type(layer) is DynamicSlidingWindowLayer else None
+        key = (*_heads(text, measured.get(index)), window)
+        counted[key] = counted.get(key, 0) + 1
+    if not counted:
+        raise UnsupportedModelError(f"{text.model_type} has no attention layer whose keys and values pages can hold")
+    return tuple(LayerShape(count, *key) for key, count in counted.items()), others
+
+
+def _projections(module: Any) -> dict[int, tuple[int, int, int]]:
+    """Layer → rows of its key and value projections and the size of its heads, where the model has them apart."""
+    found: dict[int, tuple[int, int, int]] = {}
+    for name, part in module.named_modules():
+        layer, size = layer_of(name + "."), getattr(part, "head_dim", None)
+        if layer is None or layer in found or not isinstance(size, int):
+            continue
+        rows = {}
+        for child, projection in part.named_children():
+            kind = role(child)
+            if kind in (Role.K, Role.V) and isinstance(getattr(projection, "out_features", None), int):
+                rows[kind] = int(projection.out_features)
+        if Role.K in rows:
+            found[layer] = rows[Role.K], rows.get(Role.V, rows[Role.K]), size
+    return found
+
+
+def _heads(text: Any, measured: tuple[int, int, int] | None) -> tuple[int, int, int]:
+    """Heads, channels of a key and channels of a value of one layer."""
+    heads = int(text.num_attention_heads)
+    if measured is not None and measured[0] % measured[2] == 0:
+        kv_heads = measured[0] // measured[2]
+        return kv_heads, measured[2], measured[1] // kv_heads
+    own = getattr(text, "num_key_value_heads", None) or getattr(text, "num_kv_heads", None) or heads
+    single = getattr(text, "multi_query", False) and not getattr(text, "new_decoder_architecture", False)
+    size = int(getattr(text, "head_dim", 0) or int(text.hidden_size) // heads)
+    return 1 if single else int(own), size, size
+
+
+def _matrices(module: Any) -> tuple[Matrix, ...]:
+    from torch import nn
+
+    linear = {
+        f"{name}.weight"
+        for name, part in module.named_modules()
+        if isinstance(part, nn.Linear) or type(part).__name__ == "Conv1D"
+    }
+    return tuple(Matrix(name, tuple(shape), name in linear) for name, shape in weights_of(module))
+
+
+def _rope_sets(text: Any) -> list[Mapping[str, Any]]:
+    given = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
+    return [given] if "rope_type" in given else [part for part in given.values() if isinstance(part, Mapping)]
+
+
+def _window_limit(text: Any, trained: int | None) -> int | None:
+    """Tokens that may be held while others go: the trained length, less where rotation rescales with the length."""
+    sets = _rope_sets(text)
+    if not sets and not hasattr(text, "rope_theta"):
+        return None  # learned or relative positions: what leaves cannot be made up for
+    limits = [
+        int(part.get("original_max_position_embeddings") or trained or 0) - 1
+        for part in sets
+        if part.get("rope_type") in _LENGTH_SCALED
+    ]
+    return min([limit for limit in [*limits, trained or 0] if limit > 0], default=None)
+
+
+def _item(model: Any) -> int:
+    dtype = getattr(model, "dtype", None)
+    return int(dtype.itemsize) if dtype is not None and dtype.is_floating_point else 2
+
+
+def _loaded(model: Any) -> tuple[int, int, int]:
+    """Bytes of the parameters and buffers on the model's device: layers, embedding, head; a tied matrix once."""
+    device = next(
+        (part.device for part in model.parameters() if part.device.type != "cpu"),
+        next(model.parameters()).device,
+    )
+    seen: dict[int, int] = {}
+
+    def count(parts: Any) -> int:
+        total = 0
+        for part in parts:
+            storage = part.untyped_storage()
+            if part.device == device and storage.data_ptr() not in seen:
+                seen[storage.data_ptr()] = storage.nbytes()
+                total += storage.nbytes()
+        return total
+
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    first = count(embedding.parameters()) if embedding is not None else 0
+    last = count(head.parameters()) if head is not None else 0
+    return count([*model.parameters(), *model.buffers(), *_states(model)]), first, last
+
+
+def _states(model: Any) -> list[Any]:
+    """Scales that bitsandbytes keeps beside its packed weights."""
+    found = []
+    for part in model.parameters():
+        state = getattr(part, "quant_state", None)
+        nested = getattr(state, "state2", None)
+        found += [getattr(state, "absmax", None), getattr(nested, "absmax", None)]
+    return [part for part in found if part is not None]

@@ -1,0 +1,192 @@
+"""Whether one choice of settings fits one card, and by how many bytes it does not."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from .facts import ModelFacts
+from .footprint import GRAPH, KvLayout, activation_bytes, logit_bytes
+from .ladder import Rung
+from .schemes import WeightBytes, weight_bytes
+
+ENDLESS = 1 << 40  # tokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class Card:
+    """The memory to plan for.
+
+    Args:
+        name: the device's or the profile's.
+        vram: bytes in all.
+        others: bytes that others use.
+        context: bytes of the CUDA context.
+        reserve: bytes to leave alone.
+        bandwidth: bytes per second; `None` if unknown.
+        accelerator: whether it is a GPU: decode graphs, and a host beside it.
+        like: the card whose bandwidth stands for an unknown one; `None` if it is its own.
+    """
+
+    name: str
+    vram: int
+    others: int
+    context: int
+    reserve: int
+    bandwidth: float | None
+    accelerator: bool
+    like: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """What the settings are for.
+
+    Args:
+        facts: the model.
+        card: the memory.
+        batch: sequences at once.
+        agents: sequences whose pages are kept between calls.
+        page_size: tokens of a page.
+        kv_budget: bytes of pages that were asked for; `None` for what is left.
+    """
+
+    facts: ModelFacts
+    card: Card
+    batch: int = 1
+    agents: int = 1
+    page_size: int = 32
+    kv_budget: int | None = None
+
+    @property
+    def rows(self) -> int:
+        """Sequences whose pages are held."""
+        return max(self.batch, self.agents)
+
+    @property
+    def longest(self) -> int:
+        """Tokens that the model was trained on."""
+        return self.facts.trained or ENDLESS
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Settings, and what they leave for pages.
+
+    Args:
+        task: what they are for.
+        rung: weights and bits.
+        chunk: tokens of a prefill chunk.
+        host: parts of the model in the host's memory.
+        sinks: first tokens kept, with `window`.
+        window: last tokens kept; `None` keeps all.
+    """
+
+    task: Task
+    rung: Rung
+    chunk: int
+    host: tuple[str, ...] = ()
+    sinks: int = 0
+    window: int | None = None
+
+    @cached_property
+    def layout(self) -> KvLayout:
+        """The pages."""
+        task = self.task
+        bits = {"k": self.rung.keys, "v": self.rung.values}
+        return KvLayout(
+            task.facts.groups, bits, task.facts.item, task.rows, task.page_size, self.sinks, self.window
+        )  # fmt: skip
+
+    @cached_property
+    def weights(self) -> WeightBytes:
+        """The weights, wherever they are."""
+        return weight_bytes(self.task.facts, self.rung.weights)
+
+    @property
+    def embeddings(self) -> int:
+        """Bytes of embedding and head on the card."""
+        weights = self.weights
+        return (0 if "embedding" in self.host else weights.embedding) + (0 if "head" in self.host else weights.head)
+
+    @property
+    def replayed(self) -> bool:
+        """Whether decode steps are CUDA graphs."""
+        return self.task.card.accelerator and not self.host
+
+    @cached_property
+    def _beside(self) -> dict[str, int]:
+        """Bytes by part, all but pages and activations."""
+        card = self.task.card
+        return {
+            "weights": self.weights.layers,
+            "embeddings": self.embeddings,
+            "logits": logit_bytes(self.task.facts, self.task.batch),
+            "graph": GRAPH if self.replayed else 0,
+            "cuda_context": card.context,
+            "others": card.others,
+            "reserve": card.reserve,
+        }
+
+    @cached_property
+    def activations(self) -> int:
+        """Bytes that reading a prompt needs, or growing pages, which never happen together: the larger."""
+        task, layout = self.task, self.layout
+        reading = activation_bytes(task.facts, self.weights, layout, self.chunk, task.batch)
+        left = task.card.vram - sum(self._beside.values()) - reading
+        left = left if task.kv_budget is None else min(left, task.kv_budget)
+        pages = min(max(0, left - layout.fixed_bytes) // layout.page_bytes, layout.needed(min(task.longest, ENDLESS)))
+        return max(reading, pages * layout.layer_page_bytes)
+
+    @property
+    def left(self) -> int:
+        """Bytes that all else leaves for pages; negative if it does not fit by itself."""
+        return self.task.card.vram - sum(self._beside.values()) - self.activations
+
+    @property
+    def room(self) -> int:
+        """Bytes of pages: those asked for, else those left."""
+        return self.left if self.task.kv_budget is None else self.task.kv_budget
+
+    @property
+    def page_budget(self) -> int:
+        """Bytes for growing pages."""
+        return max(0, self.room - self.layout.fixed_bytes)
+
+    @property
+    def pages(self) -> int:
+        """Growing pages that these bytes hold."""
+        return self.page_budget // self.layout.page_bytes
+
+    @property
+    def capacity(self) -> int | None:
+        """Tokens of each sequence that fit, at most the trained ones; `None` for any number."""
+        if self.window is not None:
+            return None if self.layout.bounded else self.task.longest
+        if self.room < self.layout.fixed_bytes:
+            return 0
+        held = self.layout.tokens(self.pages)
+        return self.task.facts.trained if held is None else min(held, self.task.longest)
+
+    def kv_bytes(self, tokens: int) -> int:
+        """Bytes of the pages that `tokens` tokens of each sequence need."""
+        return self.layout.fixed_bytes + self.layout.needed(tokens) * self.layout.page_bytes
+
+    def missing(self, tokens: int) -> int:
+        """Bytes that are missing for `tokens` tokens of each sequence; 0 or less if they fit."""
+        short = self.kv_bytes(tokens) - self.room
+        return short if self.task.kv_budget is None else max(short, self.task.kv_budget - self.left)
+
+    def largest_window(self) -> int:
+        """The longest window that fits, in whole pages; 0 if none does."""
+        pages = self.pages // self.task.rows - 1
+        if not self.layout.quantized:
+            pages -= -(-self.sinks // self.task.page_size)
+        return max(0, pages * self.task.page_size) if self.room >= self.layout.fixed_bytes else 0
+
+    def parts(self, tokens: int) -> dict[str, int]:
+        """Bytes by part with `tokens` tokens in each sequence."""
+        kv = self.kv_bytes(tokens) if self.task.kv_budget is None else self.task.kv_budget
+        beside = self._beside
+        first = {"weights": beside["weights"], "embeddings": beside["embeddings"], "kv": kv}
+        return {**first, "activations": self.activations, **beside}

@@ -1,0 +1,114 @@
+"""Bytes of a model's weights on the device, by how they are stored.
+
+A mix of GGUF blocks follows `weights/mixes.py`, with what it does not pack in the model's 16 bits. The others are
+those of transformers' quantizers, which take linear layers only: embedding, head and norms keep 16 bits.
+
+- `int8`: bitsandbytes LLM.int8: a byte for each weight and a float32 for each row.
+- `nf4`: bitsandbytes with double quantization: 4 bits, a byte for each block of 64, and a float32 for each 256 of
+  those (QLoRA, Dettmers et al. 2023, arXiv 2305.14314, section 3).
+- `hqq4`: 4 bits and, for each 64 weights, a 16-bit scale and zero.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..errors import ConfigError
+from ..weights.blocks import packed_bytes
+from ..weights.mixes import MIXES, tensor_type
+from ..weights.roles import Role, role
+from .facts import Matrix, ModelFacts
+
+PLAIN, LOADED = "bf16", "loaded"
+LINEAR = ("int8", "nf4", "hqq4")
+SCHEMES = (PLAIN, *MIXES, *LINEAR)
+_NF4_TABLES = 4 * (16 + 256 + 1)  # a layer's code, the code of its scales, and their offset
+
+
+@dataclass(frozen=True)
+class WeightBytes:
+    """Bytes of the weights under one scheme.
+
+    Args:
+        scheme: its name.
+        layers: everything but embedding and head.
+        embedding: the input embedding, and the head where both are one matrix.
+        head: a head of its own; 0 where it is tied.
+        unpacked: bytes of the largest matrix in 16 bits, which a prompt needs beside the packed ones; 0 if nothing is
+            packed.
+        read: bytes that a generated token reads.
+    """
+
+    scheme: str
+    layers: int
+    embedding: int
+    head: int
+    unpacked: int
+    read: int
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return self.layers + self.embedding + self.head
+
+
+def weight_bytes(facts: ModelFacts, scheme: str) -> WeightBytes:
+    """Bytes of the weights of `facts` under `scheme`.
+
+    Args:
+        facts: the model.
+        scheme: one of `SCHEMES`, or `"loaded"` for a model as it stands.
+
+    Raises:
+        ConfigError: unknown scheme, or `"loaded"` for a model that is not.
+    """
+    if scheme == LOADED:
+        return _as_loaded(facts)
+    if scheme not in SCHEMES:
+        raise ConfigError("weights", scheme, f"one of {', '.join(SCHEMES)}")
+    parts = {Role.EMBEDDING: 0, Role.HEAD: 0, Role.OTHER: 0}
+    read = unpacked = 0
+    for matrix in facts.matrices:
+        kind = role(matrix.name)
+        kind = kind if kind in parts else Role.OTHER
+        size = _bytes(matrix, scheme, facts)
+        parts[kind] += size
+        if kind is not Role.EMBEDDING or facts.tied:
+            read += int(size * facts.active) if "expert" in matrix.name else size
+        if scheme != PLAIN and matrix.linear and kind is Role.OTHER:
+            unpacked = max(unpacked, 2 * matrix.numel)
+    return WeightBytes(scheme, parts[Role.OTHER], parts[Role.EMBEDDING], parts[Role.HEAD], unpacked, read)
+
+
+def _as_loaded(facts: ModelFacts) -> WeightBytes:
+    if facts.loaded is None:
+        raise ConfigError("weights", LOADED, f"one of {', '.join(SCHEMES)}: the model is not loaded")
+    layers, embedding, head = facts.loaded
+    plain = sum(facts.item * matrix.numel for matrix in facts.matrices if role(matrix.name) is Role.OTHER)
+    packed = any("weight" in matrix.name and not matrix.linear and len(matrix.shape) > 1 for matrix in facts.matrices)
+    largest = max((2 * matrix.numel for matrix in facts.matrices if len(matrix.shape) > 1), default=0)
+    # Packed weights are not seen as matrices of their own shape: what they unpack to is told from the sizes.
+    unpacked = 2 * facts.hidden * facts.inner if packed and layers < plain else 0
+    return WeightBytes(
+        LOADED, layers, embedding, head, min(unpacked, largest or unpacked), layers + (head or embedding)
+    )
+
+
+def _bytes(matrix: Matrix, scheme: str, facts: ModelFacts) -> int:
+    if scheme in LINEAR and matrix.linear and role(matrix.name) is not Role.HEAD:
+        return _linear_bytes(matrix, scheme)
+    if scheme in MIXES:
+        block = tensor_type(matrix.name, matrix.shape, scheme, facts.shape)
+        if block is not None:
+            return packed_bytes(matrix.shape, block)
+    return 2 * matrix.numel
+
+
+def _linear_bytes(matrix: Matrix, scheme: str) -> int:
+    numel = matrix.numel
+    if scheme == "int8":
+        return numel + 4 * (numel // matrix.shape[-1])
+    if scheme == "hqq4":
+        return -(-numel // 2) + 4 * -(-numel // 64)
+    blocks = -(-numel // 64)
+    return -(-numel // 2) + blocks + 4 * -(-blocks // 256) + _NF4_TABLES

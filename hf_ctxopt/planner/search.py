@@ -1,0 +1,323 @@
+"""`plan`: the best settings that fit, found by going down the ladder of quality."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from ..errors import ConfigError, DoesNotFitError
+from .facts import ModelFacts, facts_of
+from .fit import Card, Choice, Task
+from .footprint import chunks_for, reserve_of
+from .hardware import Device, best_device, bytes_of, device_of, from_profile, of_memory
+from .ladder import Rung, ladder
+from .plan import Plan
+from .profiles import profile
+from .remedies import rejections, remedies
+from .schemes import LOADED, PLAIN
+from .speed import token_ms
+from .words import size
+
+GOALS = ("quality", "context", "speed")
+USUAL_CONTEXT = 8192
+"""Tokens planned for where none are asked for, if the model was trained on so many."""
+LEAST_CONTEXT = 2048
+"""Fewest tokens that are worth planning for where none are asked for; or the usual ones, if those are fewer."""
+SINKS, GOOD_WINDOW, LEAST_WINDOW = 4, 1024, 256
+WINDOW_CHUNK, SHORTER_CHUNK = 256, 512  # what windows and contexts that fill the card leave for chunks
+ALIKE = 1.05  # times this close together count as equal: the better quality is taken
+
+
+def plan(
+    model: Any,
+    *,
+    vram: int | str | None = None,
+    gpu: str | None = None,
+    device: Any = None,
+    context: int | None = None,
+    batch: int = 1,
+    agents: int = 1,
+    goal: str = "quality",
+    weights: str | Sequence[str] | None = None,
+    kv_bits: int | Mapping[str, int] | None = None,
+    kv_budget: int | str | None = None,
+    reserve: int | str | None = None,
+    page_size: int = 32,
+) -> Plan:
+    """Settings with which the model runs on a card, the best of those that fit.
+
+    Quality is spent in a fixed order (`ladder.py`): 16 bits first, 8-bit pages before packed weights, 4-bit weights
+    before pages of fewer than 8 bits, the embedding on the host where all else fails, and windows, which forget, last.
+
+    Args:
+        model: a transformers model or config, a dictionary with `model_type`, or a path; a model that is loaded is
+            planned for as it stands, unless `vram` or `gpu` names another card.
+        vram: memory of the card, `"8GiB"` or bytes, instead of a device's own.
+        gpu: a card's profile (`profiles.py`), e.g. `"rtx4070-laptop"`.
+        device: a device of this machine; by default the accelerator with the most free memory, or the CPU.
+        context: tokens of each sequence, prompt and answer together. By default 8,192 or the trained length, for
+            goal `"context"` the trained length; less if no more fits.
+        batch: sequences at once.
+        agents: sequences whose pages stay between calls (`ctx_prefix`).
+        goal: `"quality"`: the best quality that holds the context. `"context"`: the same, with the trained length as
+            context. `"speed"`: the fewest milliseconds per token that 4-bit weights and pages allow.
+        weights: scheme or schemes to choose from (`schemes.SCHEMES`).
+        kv_bits: bits of K and V; by default the ladder's.
+        kv_budget: bytes of pages that must fit.
+        reserve: bytes to leave alone; by default 1 GiB up to 8 GiB of memory, then 12 %.
+        page_size: tokens of a page.
+
+    Raises:
+        ConfigError: a bad value; or a context beyond the trained one of a model that cannot give up tokens.
+        DoesNotFitError: nothing fits; says by how many bytes, and what would.
+        UnsupportedModelError: the model's keys and values are not those of attention heads.
+    """
+    _check(context, batch, agents, goal)
+    facts = facts_of(model)
+    card = _card(facts, model, vram, gpu, device, reserve)
+    live = facts.loaded is not None and weights is None
+    rungs = ladder(LOADED if live else weights, _bits(kv_bits))
+    budget = None if kv_budget is None else bytes_of("kv_budget", kv_budget)
+    task = Task(facts=facts, card=card, batch=batch, agents=agents, page_size=page_size, kv_budget=budget)
+    return _Search(task, rungs, goal, context).run()
+
+
+class _Search:
+    """One search: what is tried, in order, and what came of it."""
+
+    def __init__(self, task: Task, rungs: list[Rung], goal: str, context: int | None) -> None:
+        self.task, self.rungs, self.goal, self.asked = task, rungs, goal, context
+        trained = task.facts.trained
+        usual = USUAL_CONTEXT if goal != "context" else trained or USUAL_CONTEXT
+        self.wanted = context if context is not None else min(usual, trained or usual)
+        self.notes: list[str] = []
+        self.tried: list[Choice] = []
+        if task.facts.other_layers:
+            self.notes.append(f"the states of {task.facts.other_layers} layers without attention are not counted")
+
+    def run(self) -> Plan:
+        """The plan.
+
+        Raises:
+            ConfigError, DoesNotFitError: see `plan`.
+        """
+        trained, limit = self.task.facts.trained, self.task.facts.window_limit
+        if trained is not None and self.wanted > trained:
+            allowed = f"at most {trained}, the length that the model was trained on"
+            if limit is None:
+                raise ConfigError("context", self.wanted, f"{allowed}; its positions do not allow a sink window")
+            if self.task.agents > 1:
+                raise ConfigError("context", self.wanted, f"{allowed}: a prefix store keeps whole texts")
+            self.notes.append(
+                f"{self.wanted:,} tokens are more than the {trained:,} the model was trained on: sinks and a window "
+                "keep it fluent at any length, and forget what has left the window"
+            )
+            return self._windowed(limit - SINKS)
+        found = self._fastest() if self.goal == "speed" else None
+        if found is not None:
+            return self._plan(found, self.wanted)
+        for hosts, rungs in self._stages():
+            choices = [self._first(rungs, host) for host in hosts]
+            found = next((choice for choice in choices if choice is not None), None)
+            if found is not None:
+                return self._plan(found, self.wanted)
+            shorter = self._shorter(hosts, rungs) if self.asked is None else None
+            if shorter is not None:
+                return shorter
+        if limit is None or self.task.agents > 1 or self.asked is None:
+            raise self._refusal()
+        self.notes.append("nothing holds the whole text: a window forgets what leaves it")
+        return self._windowed(min(self.wanted, limit) - SINKS)
+
+    def _stages(self) -> Iterator[tuple[list[tuple[str, ...]], list[Rung]]]:
+        """(host parts, rungs) to try one after the other.
+
+        What costs only time, the host, comes before two-bit pages, unless time is what matters.
+        """
+        fine, coarse = ([rung for rung in self.rungs if rung.coarse is kind] for kind in (False, True))
+        card: list[tuple[str, ...]] = [()]
+        hosts = self._hosts()[1:]
+        if self.goal == "quality":
+            order = [(card, fine), (hosts, fine), (card, coarse), (hosts, coarse)]
+        else:
+            order = [(card, fine), (card, coarse), (hosts, fine), (hosts, coarse)]
+        return ((where, rungs) for where, rungs in order if where and rungs)
+
+    def _first(self, rungs: list[Rung], host: tuple[str, ...]) -> Choice | None:
+        """The first choice that holds the context."""
+        found = (self._try(rung, self.wanted, host) for rung in rungs)
+        return next((choice for choice in found if choice is not None), None)
+
+    def _shorter(self, hosts: list[tuple[str, ...]], rungs: list[Rung]) -> Plan | None:
+        """A plan for fewer tokens than one would like, if a stage holds enough of them to be of use."""
+        if self.task.kv_budget is not None:
+            return None
+        choices = [choice for choice in self.tried if choice.host in hosts and choice.rung in rungs]
+        most = max(choices, key=lambda choice: choice.capacity or 0)
+        if (most.capacity or 0) < min(LEAST_CONTEXT, self.wanted):
+            return None
+        roomy = replace(most, chunk=SHORTER_CHUNK)
+        most = roomy if (roomy.capacity or 0) >= LEAST_CONTEXT else most
+        tokens = int(most.capacity or 0)
+        self.notes.append(f"{self.wanted:,} tokens do not fit: planned for the {tokens:,} that do")
+        return self._plan(most, tokens)
+
+    def _fastest(self) -> Choice | None:
+        """The fastest choice that holds the context with 4 bits or more; of equally fast ones the better."""
+        found = [self._try(rung, self.wanted) for rung in self.rungs if not rung.coarse]
+        whole = [choice for choice in found if choice is not None]
+        times = [_milliseconds(choice, self.wanted) or 0.0 for choice in whole]
+        alike = (choice for choice, time in zip(whole, times, strict=True) if time <= ALIKE * min(times))
+        return next(alike, None)
+
+    def _windowed(self, most: int) -> Plan:
+        """A plan with sinks and a window of at most `most` tokens: whole if a rung holds it, else what fits."""
+        for host in self._hosts():
+            for rung in self.rungs:
+                found = None if rung.coarse else self._try(rung, self.wanted, host, most)
+                if found is not None:
+                    return self._plan(found, self.wanted)
+            choice, window = self._largest_window(host, most)
+            if window >= min(LEAST_WINDOW, most):
+                found = self._try(choice.rung, self.wanted, host, window)
+                if found is not None:
+                    return self._plan(found, self.wanted)
+        raise self._refusal()
+
+    def _largest_window(self, host: tuple[str, ...], most: int) -> tuple[Choice, int]:
+        """The first choice of fewer than 16 bits with a good window, else the one with the largest."""
+        last = [rung for rung in self.rungs if rung.weights == self.rungs[-1].weights]
+        rungs = [rung for rung in last if rung.values < 16 and not rung.coarse] or last
+        choices = [Choice(self.task, rung, WINDOW_CHUNK, host, SINKS, most) for rung in rungs]
+        windows = [(choice, min(most, choice.largest_window())) for choice in choices]
+        good = [pair for pair in windows if pair[1] >= min(GOOD_WINDOW, most)]
+        return good[0] if good else max(windows, key=lambda pair: pair[1])
+
+    def _hosts(self) -> list[tuple[str, ...]]:
+        """Parts of the model that may go to the host, the card for all of them first."""
+        if not self.task.card.accelerator or self.rungs[0].weights == LOADED:
+            return [()]
+        both = ("embedding", "head")
+        return [(), both] if self.task.facts.tied else [(), ("embedding",), both]
+
+    def _try(self, rung: Rung, tokens: int, host: tuple[str, ...] = (), window: int | None = None) -> Choice | None:
+        """The choice with the largest chunk that holds `tokens`; `None` if none does."""
+        sinks = 0 if window is None else SINKS
+        for chunk in chunks_for(self.task.card.vram):
+            choice = Choice(self.task, rung, chunk, host, sinks, window)
+            if choice.missing(tokens) <= 0:
+                return choice
+        self.tried.append(choice)
+        return None
+
+    def _refusal(self) -> DoesNotFitError:
+        best = min(self.tried, key=lambda choice: choice.missing(self.wanted))
+        card, name = size(self.task.card.vram), self.task.facts.name
+        if self.task.kv_budget is not None:
+            what = f"{size(self.task.kv_budget)} of pages beside {best.rung.weights} weights of "
+            what += f"{size(best.weights.layers + best.embeddings)} do not fit {card}"
+        elif best.left > 0:
+            what = f"{self.wanted:,} tokens of {name} do not fit {card}"
+        else:
+            what = f"{name} does not fit {card}"
+        return DoesNotFitError(best.missing(self.wanted), what, remedies(best, self.tried, self.wanted))
+
+    def _plan(self, choice: Choice, context: int) -> Plan:
+        """The plan of a choice, with what there is to say about it."""
+        task, rung, layout = self.task, choice.rung, choice.layout
+        reasons = [*self.notes, *rejections(self.tried, context), f"chosen: {rung}, chunks of {choice.chunk:,} tokens"]
+        if choice.window is not None:
+            reasons.append(f"kept: {choice.sinks} first and {choice.window:,} last tokens")
+        if choice.host:
+            reasons.append(f"{' and '.join(choice.host)} on the host: nothing less fits; decoding has no CUDA graph")
+        if task.card.like is not None:
+            reasons.append(f"the time is that of a card as slow as {task.card.like}")
+        if choice.rung.weights in ("nf4", "int8", "hqq4"):
+            reasons.append(
+                f"{rung.weights} weights need the package {'hqq' if rung.weights == 'hqq4' else 'bitsandbytes'}"
+            )
+        window = choice.window
+        cache = "ctx_sink" if window is not None else "ctx_prefix" if task.agents > 1 else "ctx_paged"
+        parts = choice.parts(context)
+        return Plan(
+            model=task.facts.name, device=task.card.name, goal=self.goal, weights=rung.weights,
+            kv_bits={"k": rung.keys, "v": rung.values}, cache=cache, window=window,
+            sinks=None if window is None else choice.sinks, context=context, capacity=choice.capacity,
+            batch=task.batch, agents=task.agents, page_size=task.page_size, pages=choice.pages,
+            page_bytes=layout.page_bytes, page_budget=choice.page_budget, kv_budget=choice.room, chunk=choice.chunk,
+            on_host=choice.host, host_bytes=_host_bytes(choice), vram=task.card.vram, bytes=parts,
+            ms_per_token=_milliseconds(choice, context),
+            quality=rung.quality + ("" if window is None else ", windowed"), reasons=tuple(reasons),
+        )  # fmt: skip
+
+
+def _host_bytes(choice: Choice) -> int:
+    """Bytes of the parts on the host, in 16 bits."""
+    one = 2 * choice.task.facts.vocab * choice.task.facts.hidden
+    return one * (1 if choice.task.facts.tied and choice.host else len(choice.host))
+
+
+def _milliseconds(choice: Choice, tokens: int) -> float | None:
+    facts, weights = choice.task.facts, choice.weights
+    head = 2 * facts.vocab * facts.hidden if "head" in choice.host else 0
+    read = weights.read - ((weights.embedding if facts.tied else weights.head) if head else 0)
+    held = choice.kv_bytes(tokens) * choice.task.batch // choice.task.rows
+    return token_ms(
+        read, held, facts.layers, choice.task.card.bandwidth, packed=weights.scheme not in (PLAIN, LOADED),
+        replayed=choice.replayed, on_host=head,
+    )  # fmt: skip
+
+
+def _bits(kv_bits: int | Mapping[str, int] | None) -> tuple[int, int] | None:
+    if kv_bits is None:
+        return None
+    from ..caches.options import PageOptions
+
+    PageOptions(kv_bits=kv_bits)  # says what is allowed
+    return (kv_bits["k"], kv_bits["v"]) if isinstance(kv_bits, Mapping) else (kv_bits, kv_bits)
+
+
+def _check(context: int | None, batch: int, agents: int, goal: str) -> None:
+    for name, value in (("context", context), ("batch", batch), ("agents", agents)):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            raise ConfigError(name, value, "an integer >= 1")
+    if goal not in GOALS:
+        raise ConfigError("goal", goal, f"one of {', '.join(GOALS)}")
+
+
+def _card(
+    facts: ModelFacts, model: Any, vram: int | str | None, gpu: str | None, device: Any, reserve: int | str | None
+) -> Card:
+    """The memory to plan for, from whichever of `vram`, `gpu` and `device` is given."""
+    given = [name for name, value in (("vram", vram), ("gpu", gpu), ("device", device)) if value is not None]
+    if len(given) > 1 and given != ["vram", "gpu"]:
+        raise ConfigError(given[-1], {"vram": vram, "gpu": gpu, "device": device}[given[-1]], f"unset with {given[0]}")
+    found = _device(facts, model, vram, gpu, device)
+    total = found.total if vram is None else bytes_of("vram", vram)
+    own = facts.loaded is not None and found.here
+    # What this process holds besides the model is there for others, as far as the plan goes.
+    others = found.others if not own else max(0, found.others + found.own - sum(facts.loaded or (0,)))
+    return Card(
+        name=found.device, vram=total, others=others,
+        context=found.context, reserve=reserve_of(total) if reserve is None else _reserve(reserve),
+        bandwidth=found.bandwidth, accelerator=found.accelerator,
+        like=None if found.here or found.device == found.name else found.name,
+    )  # fmt: skip
+
+
+def _device(facts: ModelFacts, model: Any, vram: int | str | None, gpu: str | None, device: Any) -> Device:
+    if gpu is not None:
+        return from_profile(profile(gpu))
+    if vram is not None:
+        return of_memory(bytes_of("vram", vram))
+    if device is not None:
+        return device_of(device)
+    if facts.loaded is not None:
+        place = next((p.device for p in model.parameters() if p.device.type != "cpu"), "cpu")
+        return device_of(place)
+    return best_device()
+
+
+def _reserve(value: int | str) -> int:
+    return 0 if value == 0 and not isinstance(value, bool) else bytes_of("reserve", value)
