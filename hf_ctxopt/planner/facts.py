@@ -105,8 +105,8 @@ def facts_of(model: Any) -> ModelFacts:
 
     Args:
         model: a transformers model or config, a dictionary with `model_type`, or the path of a folder with a
-            `config.json`, of such a file, or of a `.gguf` file. Anything else that is text goes to transformers as a
-            Hub id.
+            `config.json`, of such a file, or of a `.gguf` file; facts that were read before. Any other text goes to
+            transformers as a Hub id.
 
     Raises:
         ConfigError: there is no such model or config.
@@ -114,6 +114,8 @@ def facts_of(model: Any) -> ModelFacts:
     """
     from torch import nn
 
+    if isinstance(model, ModelFacts):
+        return model
     if isinstance(model, nn.Module):
         return _facts(model.config, model, None)
     source = None

@@ -77,7 +77,7 @@ def plan(
     facts = facts_of(model)
     card = _card(facts, model, vram, gpu, device, reserve)
     live = facts.loaded is not None and weights is None
-    rungs = ladder(LOADED if live else weights, _bits(kv_bits))
+    rungs = ladder(LOADED if live else weights, _bits(kv_bits, page_size))
     budget = None if kv_budget is None else bytes_of("kv_budget", kv_budget)
     task = Task(facts=facts, card=card, batch=batch, agents=agents, page_size=page_size, kv_budget=budget)
     return _Search(task, rungs, goal, context).run()
@@ -212,7 +212,9 @@ class _Search:
         return None
 
     def _refusal(self) -> DoesNotFitError:
-        best = min(self.tried, key=lambda choice: choice.missing(self.wanted))
+        on_card = [choice for choice in self.tried if not choice.host]
+        choices = self.tried if self.task.kv_budget is None else on_card
+        best = min(choices, key=lambda choice: choice.missing(self.wanted))
         card, name = size(self.task.card.vram), self.task.facts.name
         if self.task.kv_budget is not None:
             what = f"{size(self.task.kv_budget)} of pages beside {best.rung.weights} weights of "
@@ -269,12 +271,12 @@ def _milliseconds(choice: Choice, tokens: int) -> float | None:
     )  # fmt: skip
 
 
-def _bits(kv_bits: int | Mapping[str, int] | None) -> tuple[int, int] | None:
-    if kv_bits is None:
-        return None
+def _bits(kv_bits: int | Mapping[str, int] | None, page_size: int) -> tuple[int, int] | None:
     from ..caches.options import PageOptions
 
-    PageOptions(kv_bits=kv_bits)  # says what is allowed
+    PageOptions(kv_bits=16 if kv_bits is None else kv_bits, page_size=page_size)  # says what is allowed
+    if kv_bits is None:
+        return None
     return (kv_bits["k"], kv_bits["v"]) if isinstance(kv_bits, Mapping) else (kv_bits, kv_bits)
 
 

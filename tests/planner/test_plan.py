@@ -1,0 +1,153 @@
+"""What goes into a plan and what comes out: bad values, JSON, words, and models of every shape of input."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import hf_ctxopt
+from hf_ctxopt import ConfigError, DoesNotFitError, Plan, UnsupportedModelError, plan
+from hf_ctxopt.planner import hardware
+from hf_ctxopt.planner.hardware import Device
+from tests.planner.models import GIB, KNOWN, facts
+
+TINY = {
+    "model_type": "llama", "vocab_size": 128, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        ({"context": 0}, "context"), ({"context": True}, "context"), ({"batch": 0}, "batch"),
+        ({"agents": 1.5}, "agents"),
+        ({"goal": "best"}, "goal"), ({"vram": "eight"}, "vram"), ({"vram": -1}, "vram"), ({"vram": True}, "vram"),
+        ({"gpu": "voodoo2"}, "gpu"), ({"weights": "Q3_K"}, "weights"), ({"weights": []}, "weights"),
+        ({"kv_bits": 3}, "kv_bits"), ({"kv_bits": {"k": 8}}, "kv_bits"), ({"kv_budget": "x"}, "kv_budget"),
+        ({"reserve": "much"}, "reserve"), ({"device": "cpu"}, "device"), ({"page_size": 24}, "page_size"),
+    ],
+)  # fmt: skip
+def test_bad_values_name_their_field(changes: dict[str, Any], field: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        plan(facts("Phi-4-mini"), **{"vram": "8GiB", **changes})
+    assert refused.value.field == field
+
+
+def test_json_round_trip_and_its_checks() -> None:
+    found = plan(facts("Phi-4-mini"), gpu="rtx4070-laptop")
+    values = json.loads(json.dumps(found.to_dict()))
+    for key in ("weights", "kv_bits", "cache", "window", "context", "batch", "total_bytes", "bytes", "reasons"):
+        assert key in values
+    assert values["total_bytes"] == sum(values["bytes"].values())
+    assert Plan.from_dict(values) == found
+    for broken in ({"version": 0}, {"total_bytes": 1}, {"colour": "red"}):
+        with pytest.raises(ConfigError):
+            Plan.from_dict({**values, **broken})
+    with pytest.raises(ConfigError, match="window"):
+        Plan.from_dict({key: value for key, value in values.items() if key != "window"})
+    with pytest.raises(AttributeError):
+        found.context = 1  # type: ignore[misc]
+
+
+def test_print_names_every_part_and_the_card() -> None:
+    found = plan(facts("Phi-4-mini"), gpu="rtx4070-laptop")
+    text = str(found)
+    for words in ("rtx4070-laptop", "reserve", "CUDA context", "keys and values", "8,192 tokens", found.weights):
+        assert words in text
+
+
+def test_an_error_of_space_survives_pickling() -> None:
+    error = DoesNotFitError(12, "x", ("y would",))
+    again = pickle.loads(pickle.dumps(error))
+    assert (again.shortfall, again.remedies, str(again)) == (12, ("y would",), str(error))
+    assert isinstance(error, hf_ctxopt.CtxoptError)
+
+
+def test_a_folder_a_config_and_a_dictionary_give_the_same_plan(tmp_path: Path) -> None:
+    config = AutoConfig.for_model(**TINY)
+    config.save_pretrained(tmp_path)
+    plans = [plan(given, vram="4GiB") for given in (config, TINY, tmp_path, str(tmp_path / "config.json"))]
+    assert len({tuple(found.bytes.items()) for found in plans}) == 1
+    assert plans[2].model == plans[3].model == str(tmp_path)
+
+
+@pytest.mark.parametrize("given", ["/no/such/folder", "./nowhere", 3, None, {"model_type": "no_such_model"}])
+def test_what_is_no_model_is_refused(given: Any) -> None:
+    with pytest.raises(ConfigError) as refused:
+        plan(given, vram="8GiB")
+    assert refused.value.field in ("model", "model_type")
+
+
+def test_latent_attention_and_encoder_decoders_are_refused() -> None:
+    latent = AutoConfig.for_model("deepseek_v3", num_hidden_layers=1, n_routed_experts=8)
+    with pytest.raises(UnsupportedModelError, match="latent"):
+        plan(latent, vram="8GiB")
+    with pytest.raises(UnsupportedModelError, match="encoder-decoder"):
+        plan(AutoConfig.for_model("t5"), vram="8GiB")
+
+
+def test_learned_positions_end_where_they_end() -> None:
+    learned = AutoConfig.for_model("gpt2", n_layer=2, n_embd=64, n_head=4, vocab_size=128)
+    assert plan(learned, vram="4GiB").context == 1024
+    with pytest.raises(ConfigError, match="1024") as refused:
+        plan(learned, vram="4GiB", context=2048)
+    assert refused.value.field == "context"
+
+
+def test_a_loaded_model_is_planned_as_it_stands(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**TINY), dtype=torch.float32)
+    held = 2 * GIB
+    there = Device(device="cpu", name="CPU", total=4 * GIB, free=4 * GIB - held, bandwidth=1e10)
+    monkeypatch.setattr(hardware, "devices", lambda measure=False: [there])
+    found = plan(model)
+    size = sum(part.numel() * 4 for part in [*model.parameters(), *model.buffers()])
+    assert found.weights == "loaded"
+    assert found.bytes["weights"] + found.bytes["embeddings"] == size
+    assert found.bytes["others"] == held - size  # what is in use and is not the model
+    assert found.bytes["kv"] == 512 * 2 * 2 * 2 * 16 * 4  # float32: 16 bits mean the model's own
+    assert found.bytes["cuda_context"] == found.bytes["graph"] == 0
+    assert found.on_host == ()
+
+
+def test_others_on_the_card_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    card = Device(device="cuda:0", name="RTX", total=8 * GIB, free=3 * GIB, context=GIB // 2, bandwidth=1e11)
+    monkeypatch.setattr(hardware, "devices", lambda measure=False: [card])
+    found = plan(facts("Phi-4-mini"))
+    assert found.device == "cuda:0"
+    assert found.bytes["others"] == 8 * GIB - 3 * GIB - GIB // 2
+    assert found.weights != plan(facts("Phi-4-mini"), vram="8GiB").weights
+
+
+def test_reserve_is_adjustable() -> None:
+    tight = plan(facts("Llama-3.1-8B"), vram="8GiB", reserve="128MiB")
+    usual = plan(facts("Llama-3.1-8B"), vram="8GiB")
+    assert tight.bytes["reserve"] == 128 << 20
+    assert tight.bytes["weights"] > usual.bytes["weights"]
+    assert plan(facts("Llama-3.1-8B"), vram="8GiB", reserve=0).bytes["reserve"] == 0
+
+
+def test_remedies_fit() -> None:
+    """What a refusal names is planned without one."""
+    with pytest.raises(DoesNotFitError) as refused:
+        plan(facts("Llama-3.1-8B"), vram="8GiB", context=65536, weights="Q6_K", kv_bits=8, agents=2)
+    card = next(remedy for remedy in refused.value.remedies if "card" in remedy)
+    size = card.split("card of ")[1].split(" GiB")[0]
+    found = plan(facts("Llama-3.1-8B"), vram=f"{size}GiB", context=65536, weights="Q6_K", kv_bits=8, agents=2)
+    assert found.context == 65536
+    smaller = f"{int(size) - 2}GiB"
+    with pytest.raises(DoesNotFitError):
+        plan(facts("Llama-3.1-8B"), vram=smaller, context=65536, weights="Q6_K", kv_bits=8, agents=2)
+
+
+def test_all_models_are_known_by_their_parameters() -> None:
+    for name, known in KNOWN.items():
+        assert sum(matrix.numel for matrix in facts(name).matrices) == known.parameters, name
+        assert facts(name).trained == known.trained, name
