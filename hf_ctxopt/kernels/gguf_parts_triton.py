@@ -32,15 +32,23 @@ def load_pair(x, index, mask, KIND: tl.constexpr):  # type: ignore[no-untyped-de
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def load_four(x, index, mask, KIND: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Activations 4 `index` … 4 `index` + 3 as float32; `x` points to int64 words, or to float32 values."""
+def split_four(words, A: tl.constexpr, B: tl.constexpr):  # type: ignore[no-untyped-def]
+    """(A, B, 4) as four tensors (A, B): a thread that loaded four words at once has each in a register."""
+    even, odd = tl.split(words.reshape(A, B, 2, 2))
+    first, third = tl.split(even)
+    second, fourth = tl.split(odd)
+    return first, second, third, fourth
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def floats_of(x, word, index, mask, KIND: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Activations 4 `index` … 4 `index` + 3 as float32: from the int64 `word`, or from `x` if those are float32."""
     if KIND == FLOAT32:
         a = tl.load(x + 4 * index, mask=mask, other=0.0)
         b = tl.load(x + 4 * index + 1, mask=mask, other=0.0)
         c = tl.load(x + 4 * index + 2, mask=mask, other=0.0)
         d = tl.load(x + 4 * index + 3, mask=mask, other=0.0)
     else:
-        word = tl.load(x + index, mask=mask, other=0)
         a, b = split_pair(word.to(tl.int32), KIND)
         c, d = split_pair((word >> 32).to(tl.int32), KIND)
     return a, b, c, d

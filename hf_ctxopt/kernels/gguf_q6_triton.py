@@ -12,14 +12,34 @@ from triton import language as tl
 
 from hf_ctxopt.kernels.gguf_parts_triton import half_of, load_pair
 
-ONE = tl.constexpr(0x3F800000)
 UNIT = tl.constexpr(64.0)  # codes of 6 bits on top of the mantissa of 1.0: 1 + code / 64
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _code(nibbles, pairs):  # type: ignore[no-untyped-def]
+def _code(nibbles, pairs, one):  # type: ignore[no-untyped-def]
     """1 + code / 64; `nibbles` has the low four bits in bits 0–3, `pairs` the upper two in bits 0–1."""
-    return ((nibbles & 15) << 17 | (pairs & 3) << 21 | ONE).to(tl.float32, bitcast=True)
+    return ((nibbles & 15) << 17 | (pairs & 3) << 21 | one).to(tl.float32, bitcast=True)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _scale(words, here, shift):  # type: ignore[no-untyped-def]
+    """A signed 8-bit scale out of a 16-bit word: the low byte for a shift of 24, the high one for 16."""
+    return ((tl.load(words, mask=here, other=0).to(tl.int32) << shift) >> 24).to(tl.float32)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _two(x, at, given, word, above, one, LOW: tl.constexpr, UP: tl.constexpr, KIND: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Products of two weights with the surplus 1 + 32 / 64 of their codes taken off."""
+    first, second = load_pair(x, at, given, KIND)
+    product = first * _code(word >> LOW, above >> UP, one) + second * _code(word >> (LOW + 8), above >> (UP + 8), one)
+    return product - 1.5 * (first + second)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _group(x, at, given, n0, n1, n2, n3, u0, u1, u2, u3, one, LOW: tl.constexpr, UP: tl.constexpr, KIND: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Products of eight weights whose codes start at bit `LOW` of the nibbles and bit `UP` of the pairs."""
+    total = _two(x, at, given, n0, u0, one, LOW, UP, KIND) + _two(x, at + 1, given, n1, u1, one, LOW, UP, KIND)
+    return total + (_two(x, at + 2, given, n2, u2, one, LOW, UP, KIND) + _two(x, at + 3, given, n3, u3, one, LOW, UP, KIND))
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -29,6 +49,7 @@ def matmul_q6(  # type: ignore[no-untyped-def]
     out,
     rows,
     outputs,
+    one,  # the bits of 1.0
     COLUMNS: tl.constexpr,
     KIND: tl.constexpr,
     TAKEN: tl.constexpr,
@@ -48,13 +69,15 @@ def matmul_q6(  # type: ignore[no-untyped-def]
     BLOCKS: tl.constexpr = COLUMNS // 256
     ALL: tl.constexpr = BLOCKS * 8
     STEPS: tl.constexpr = (ALL + CHUNKS - 1) // CHUNKS
-    some = tl.program_id(0) * TAKEN + tl.arange(0, TAKEN)
-    output = tl.program_id(1) * TILE + tl.arange(0, TILE)
-    start = output.to(tl.int64) * (BLOCKS * 105)
-    fits = output < outputs
-    live = some < rows
-    inner = tl.arange(0, 4)
-    total = tl.zeros((TAKEN, TILE, CHUNKS), tl.float32)
+    some = tl.program_id(0) * TAKEN
+    tile = tl.program_id(1) * TILE
+    output = tl.arange(0, TILE)
+    packed += tile.to(tl.int64) * (BLOCKS * 105)
+    start = output * (BLOCKS * 105)
+    fits = tile + output < outputs
+    row_of = tl.zeros((1, CHUNKS), tl.int32) + some
+    total = tl.zeros((TILE, CHUNKS), tl.float32)
+    result = tl.zeros((TAKEN, TILE), tl.float32)
     for step in tl.static_range(STEPS):
         chunk = step * CHUNKS + tl.arange(0, CHUNKS)
         valid = chunk < ALL
@@ -62,30 +85,43 @@ def matmul_q6(  # type: ignore[no-untyped-def]
         half, quarter = place // 4, place % 4
         here = fits[:, None] & valid[None, :]
         head = start[:, None] + (block * 105)[None, :]
-        codes = start[:, None, None] + (block * 105 + half * 32 + quarter * 4)[None, :, None] + inner[None, None, :]
-        upper = start[:, None, None] + (block * 105 + 64 + half * 16 + quarter * 4)[None, :, None]
-        upper = upper + inner[None, None, :]
-        near = tl.load(packed + codes, mask=here[:, :, None], other=0).to(tl.int32)
-        far = tl.load(packed + codes + 16, mask=here[:, :, None], other=0).to(tl.int32)
-        pairs = tl.load(packed + upper, mask=here[:, :, None], other=0).to(tl.int32)
-        factor = half_of(tl.load(packed + head + 104, mask=here, other=0).to(tl.int32))
-        scales = head + 96 + (half * 4)[None, :]
+        codes = head + (half * 32 + quarter * 4)[None, :]
+        upper = head + (64 + half * 16 + quarter * 4)[None, :]
+        scales = head + (96 + half * 4)[None, :]
+        n0 = tl.load(packed + codes, mask=here, other=0).to(tl.int32)
+        n1 = tl.load(packed + codes + 1, mask=here, other=0).to(tl.int32)
+        n2 = tl.load(packed + codes + 2, mask=here, other=0).to(tl.int32)
+        n3 = tl.load(packed + codes + 3, mask=here, other=0).to(tl.int32)
+        f0 = tl.load(packed + codes + 16, mask=here, other=0).to(tl.int32)
+        f1 = tl.load(packed + codes + 17, mask=here, other=0).to(tl.int32)
+        f2 = tl.load(packed + codes + 18, mask=here, other=0).to(tl.int32)
+        f3 = tl.load(packed + codes + 19, mask=here, other=0).to(tl.int32)
+        u0 = tl.load(packed + upper, mask=here, other=0).to(tl.int32)
+        u1 = tl.load(packed + upper + 1, mask=here, other=0).to(tl.int32)
+        u2 = tl.load(packed + upper + 2, mask=here, other=0).to(tl.int32)
+        u3 = tl.load(packed + upper + 3, mask=here, other=0).to(tl.int32)
+        factor = half_of(tl.load(packed + head + 104, mask=here, other=0).to(tl.int32)) * UNIT
+        shift = 24 - (quarter // 2 * 8)[None, :]
+        s0 = _scale(packed + scales, here, shift) * factor
+        s1 = _scale(packed + scales + 1, here, shift) * factor
+        s2 = _scale(packed + scales + 2, here, shift) * factor
+        s3 = _scale(packed + scales + 3, here, shift) * factor
         if EARLY and step == 0:
             tl.extra.cuda.gdc_wait()
-        at = some[:, None, None] * (COLUMNS // 2) + (block * 128 + half * 64 + quarter * 4)[None, :, None]
-        at = at + inner[None, None, :]
-        given = live[:, None, None] & valid[None, :, None]
-        shift = ((quarter // 2) * 8)[None, :]
-        for part in tl.static_range(4):
-            first, second = load_pair(x, at + 16 * part, given, KIND)
-            nibbles = (near if part % 2 == 0 else far) >> (4 * (part // 2))
-            above = pairs >> (2 * part)
-            sums = first[:, None] * _code(nibbles, above)[None]
-            sums += second[:, None] * _code(nibbles >> 8, above >> 8)[None]
-            scale = tl.load(packed + scales + part, mask=here, other=0).to(tl.int32) >> shift
-            scale = ((scale << 24) >> 24).to(tl.float32) * factor
-            # code / 64 + 1 is wanted as code - 32: the surplus is 1 + 32 / 64
-            surplus = 1.5 * tl.sum(first + second, 2)
-            total += (scale * UNIT)[None] * (tl.sum(sums, 3) - surplus[:, None])
-    place_out = some[:, None].to(tl.int64) * outputs + output[None, :]
-    tl.store(out + place_out, tl.sum(total, 2).to(out.dtype.element_ty), mask=live[:, None] & fits[None, :])
+        for m in tl.static_range(TAKEN):
+            given = valid[None, :] & (row_of + m < rows)
+            at = ((some + m) * (COLUMNS // 2) + block * 128 + half * 64 + quarter * 4)[None, :]
+            done = s0 * _group(x, at, given, n0, n1, n2, n3, u0, u1, u2, u3, one, 0, 0, KIND)
+            done += s1 * _group(x, at + 16, given, f0, f1, f2, f3, u0, u1, u2, u3, one, 0, 2, KIND)
+            done += s2 * _group(x, at + 32, given, n0, n1, n2, n3, u0, u1, u2, u3, one, 4, 4, KIND)
+            done += s3 * _group(x, at + 48, given, f0, f1, f2, f3, u0, u1, u2, u3, one, 4, 6, KIND)
+            if TAKEN == 1:
+                total += done
+            else:
+                this = tl.arange(0, TAKEN)[:, None] == m
+                result += tl.where(this, tl.sum(done, 1)[None, :], 0.0)
+    if TAKEN == 1:
+        result += tl.sum(total, 1)[None, :]
+    row = some + tl.arange(0, TAKEN)
+    place_out = row[:, None].to(tl.int64) * outputs + (tile + output)[None, :]
+    tl.store(out + place_out, result.to(out.dtype.element_ty), mask=(row < rows)[:, None] & fits[None, :])
