@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from .caches import PagedCache, SinkCache
     from .integration.build import make_cache
     from .integration.patch import patch_model, patched, unpatch_model
+    from .weights.config import GgufQuantConfig
 
 __version__ = "0.1.0"
 
@@ -34,6 +35,7 @@ __all__ = [
     "ConfigError",
     "CorruptFileError",
     "CtxoptError",
+    "GgufQuantConfig",
     "IntegrityError",
     "InterruptedStepError",
     "PagedCache",
@@ -49,6 +51,7 @@ __all__ = [
 ]
 
 _LAZY = {
+    "GgufQuantConfig": ".weights.config",
     "PagedCache": ".caches",
     "SinkCache": ".caches",
     "make_cache": ".integration.build",

@@ -83,7 +83,9 @@ def _word(low, high, word, fifth, x, lows, highs, at, given, one, BITS: tl.const
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _half(low, high, words, fifths, x, at, given, one, inner, CHUNKS: tl.constexpr, BITS: tl.constexpr, KIND: tl.constexpr):  # type: ignore[no-untyped-def]
+def _half(
+    low, high, words, fifths, x, at, given, one, inner, CHUNKS: tl.constexpr, BITS: tl.constexpr, KIND: tl.constexpr
+):  # type: ignore[no-untyped-def]
     """Adds the products of four words."""
     w0, w1, w2, w3 = words
     f0, f1, f2, f3 = fifths

@@ -39,7 +39,9 @@ def _two(x, at, given, word, above, one, LOW: tl.constexpr, UP: tl.constexpr, KI
 def _group(x, at, given, n0, n1, n2, n3, u0, u1, u2, u3, one, LOW: tl.constexpr, UP: tl.constexpr, KIND: tl.constexpr):  # type: ignore[no-untyped-def]
     """Products of eight weights whose codes start at bit `LOW` of the nibbles and bit `UP` of the pairs."""
     total = _two(x, at, given, n0, u0, one, LOW, UP, KIND) + _two(x, at + 1, given, n1, u1, one, LOW, UP, KIND)
-    return total + (_two(x, at + 2, given, n2, u2, one, LOW, UP, KIND) + _two(x, at + 3, given, n3, u3, one, LOW, UP, KIND))
+    return total + (
+        _two(x, at + 2, given, n2, u2, one, LOW, UP, KIND) + _two(x, at + 3, given, n3, u3, one, LOW, UP, KIND)
+    )
 
 
 @triton.jit  # type: ignore[untyped-decorator]

@@ -6,31 +6,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.core_model_loading import ConversionOps
 from transformers.quantizers import HfQuantizer
 from transformers.quantizers.quantizers_utils import get_module_from_name
 
 from ..errors import ConfigError
 from .blocks import BLOCKS
-from .codecs import encode
 from .linear import GgufEmbedding, GgufLinear
 from .selection import replacement, types_of
-
-
-class PackOp(ConversionOps):  # type: ignore[misc]
-    """Packs one weight; the loader hands over the tensors one by one."""
-
-    def __init__(self, hf_quantizer: Any) -> None:
-        self.hf_quantizer = hf_quantizer
-
-    def convert(
-        self, input_dict: dict[str, Any], *, model: Any = None, full_layer_name: str = "", **kwargs: Any
-    ) -> dict[str, Tensor]:
-        """{pattern: weight} to {parameter: blocks}."""
-        (value,) = input_dict.values()
-        weight: Tensor = value[0] if isinstance(value, list) else value
-        module, _ = get_module_from_name(model, full_layer_name)
-        return {full_layer_name: encode(weight, module.type)}
 
 
 class GgufQuantizer(HfQuantizer):  # type: ignore[misc]
@@ -67,8 +49,10 @@ class GgufQuantizer(HfQuantizer):  # type: ignore[misc]
             return 1.0 if self.pre_quantized else BLOCKS[module.type].bits / 8
         return float(super().param_element_size(model, param_name, param))
 
-    def get_quantize_ops(self) -> PackOp:
+    def get_quantize_ops(self) -> Any:
         """What the loader calls for each such parameter."""
+        from .pack_op import PackOp
+
         return PackOp(self)
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
