@@ -19,6 +19,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -84,38 +85,49 @@ def matvec(sweep: bool) -> list[dict[str, Any]]:
     found = []
     for type in ("Q4_K", "Q6_K", "Q8_0", "Q5_K", "Q5_0"):
         for outputs, columns in SHAPES:
-            nbytes = packed_bytes((outputs, columns), type)
-            count = max(4, int(ROTATED / nbytes) + 1)
-            weights = [random_blocks(outputs, columns, type) for _ in range(count)]
-            x = torch.randn(1, columns, device="cuda", dtype=torch.bfloat16)
-            launches: list[Launch | None] = [None]
-            if sweep and type in ("Q4_K", "Q6_K", "Q8_0"):
-                base = choose(type, 1, columns)
-                launches += [Launch(tile, chunks, warps) for tile in (2, 4, 8, 16) for chunks in (64, 128, 256)
-                             for warps in (2, 4, 8) if Launch(tile, chunks, warps) != base
-                             and tile * chunks <= 16 * 32 * warps]  # fmt: skip
-            for launch in launches:
-                us = graphed(lambda i: matmul(x, weights[i % count], type, launch), 3 * count)  # noqa: B023
-                floor = 1e6 * nbytes / PEAK
-                row: dict[str, Any] = {"type": type, "outputs": outputs, "columns": columns, "us": us, "floor_us": floor,
-                                       "ratio": us / floor, "launch": str(launch or choose(type, 1, columns)),
-                                       "default": launch is None}  # fmt: skip
-                if outputs == columns and launch is None:
-                    state = [x]
-
-                    def chain(i: int) -> Any:
-                        state[0] = matmul(state[0], weights[i % count], type)  # noqa: B023
-                        return state[0]
-
-                    row["chained_us"] = graphed(chain, 3 * count)
-                found.append(row)
-            shown = sorted((r for r in found if r["type"] == type and r["outputs"] == outputs and r["columns"] == columns),
-                           key=lambda r: r["us"])  # fmt: skip
-            for row in [r for r in shown if r["default"]] + [r for r in shown if not r["default"]][:4]:
+            rows = one_shape(type, outputs, columns, sweep and type in ("Q4_K", "Q6_K", "Q8_0"))
+            for row in rows[:1] + sorted(rows[1:], key=lambda row: row["us"])[:4]:
                 print({k: round(v, 2) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
-            del weights
-    found += nf4_matvec()
-    return found
+            found += rows
+    return found + nf4_matvec()
+
+
+def one_shape(type: str, outputs: int, columns: int, sweep: bool) -> list[dict[str, Any]]:
+    """Microseconds of a product; the first row is that of the launch `choose` takes."""
+    nbytes = packed_bytes((outputs, columns), type)
+    count = max(4, int(ROTATED / nbytes) + 1)
+    weights = [random_blocks(outputs, columns, type) for _ in range(count)]
+    x = torch.randn(1, columns, device="cuda", dtype=torch.bfloat16)
+    launches = [choose(type, 1, columns)]
+    if sweep:
+        launches += [
+            Launch(tile, chunks, warps) for tile in (2, 4, 8, 16) for chunks in (64, 128, 256) for warps in (2, 4, 8)
+            if tile * chunks <= 16 * 32 * warps and Launch(tile, chunks, warps) != launches[0]
+        ]  # fmt: skip
+    rows = []
+    floor = 1e6 * nbytes / PEAK
+    for launch in launches:
+        us = graphed(partial(_product, x, weights, type, launch), 3 * count)
+        rows.append({"type": type, "outputs": outputs, "columns": columns, "us": us, "floor_us": floor,
+                     "ratio": us / floor, "launch": str(launch)})  # fmt: skip
+    if outputs == columns:
+        rows[0]["chained_us"] = graphed(_Chain(x, weights, type), 3 * count)
+    return rows
+
+
+def _product(x: torch.Tensor, weights: list[torch.Tensor], type: str, launch: Launch, index: int) -> torch.Tensor:
+    return matmul(x, weights[index % len(weights)], type, launch)
+
+
+class _Chain:
+    """Each product takes the one before it."""
+
+    def __init__(self, x: torch.Tensor, weights: list[torch.Tensor], type: str) -> None:
+        self.x, self.weights, self.type = x, weights, type
+
+    def __call__(self, index: int) -> torch.Tensor:
+        self.x = matmul(self.x, self.weights[index % len(self.weights)], self.type)
+        return self.x
 
 
 def nf4_matvec() -> list[dict[str, Any]]:

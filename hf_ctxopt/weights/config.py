@@ -1,4 +1,4 @@
-"""`GgufQuantConfig`: what `from_pretrained(quantization_config=...)` is given, and what a saved model's config holds."""
+"""`GgufQuantConfig`: what `from_pretrained(quantization_config=...)` is given, and a saved model's config holds."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .selection import Choice
 METHOD = "ctxopt_gguf"
 
 
-class GgufQuantConfig(QuantizationConfigMixin):  # type: ignore[misc]
+class GgufQuantConfig(QuantizationConfigMixin):
     """Pack a model's linears and embeddings in GGUF blocks while it is loaded.
 
     Args:
@@ -30,7 +30,7 @@ class GgufQuantConfig(QuantizationConfigMixin):  # type: ignore[misc]
         self, mix: str = "Q4_K_M", include: Sequence[str] | None = None, exclude: Sequence[str] | None = None,
         overrides: Mapping[str, str] | None = None, types: Mapping[str, str] | None = None, **kwargs: Any,
     ) -> None:  # fmt: skip
-        self.quant_method = METHOD
+        self.quant_method: Any = METHOD
         self.mix = mix
         self.include = include if include is None or isinstance(include, str) else list(include)
         self.exclude = exclude if exclude is None or isinstance(exclude, str) else list(exclude)

@@ -26,14 +26,14 @@ class _Packed(nn.Module):
 
     def __init__(self, rows: int, columns: int, type: str, packed: bool) -> None:
         super().__init__()
-        self.type = block_type(type).name
+        self.block_type = block_type(type).name
         width = packed_columns(columns, type)
         empty = torch.empty(rows, width, dtype=torch.uint8) if packed else torch.empty(rows, columns)
         self.weight = nn.Parameter(empty, requires_grad=False)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight, (rows, columns)."""
-        return decode(self.packed(), self.type, dtype)
+        return decode(self.packed(), self.block_type, dtype)
 
     def packed(self) -> Tensor:
         """The blocks, uint8 (rows, bytes of a row). Raises `ConfigError` while nothing is loaded."""
@@ -63,12 +63,12 @@ class GgufLinear(_Packed):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) to (..., out_features), in x's dtype."""
-        out = gguf_matmul(x, self.packed(), self.type)
+        out = gguf_matmul(x, self.packed(), self.block_type)
         return out if self.bias is None else out + self.bias.to(out.dtype)
 
     def extra_repr(self) -> str:
         """As of `nn.Linear`, and the block type."""
-        return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, type={self.type}"
+        return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, type={self.block_type}"
 
 
 class GgufEmbedding(_Packed):
@@ -93,9 +93,9 @@ class GgufEmbedding(_Packed):
 
     def forward(self, ids: Tensor) -> Tensor:
         """(...) to (..., embedding_dim)."""
-        rows = decode(self.packed()[ids], self.type, self.dtype)
+        rows = decode(self.packed()[ids], self.block_type, self.dtype)
         return rows if self.scale is None else rows * torch.tensor(self.scale, dtype=self.dtype).item()
 
     def extra_repr(self) -> str:
         """As of `nn.Embedding`, and the block type."""
-        return f"{self.num_embeddings}, {self.embedding_dim}, type={self.type}"
+        return f"{self.num_embeddings}, {self.embedding_dim}, type={self.block_type}"

@@ -24,4 +24,4 @@ class PackOp(ConversionOps):  # type: ignore[misc]
         (value,) = input_dict.values()
         weight: Tensor = value[0] if isinstance(value, list) else value
         module, _ = get_module_from_name(model, full_layer_name)
-        return {full_layer_name: encode(weight, module.type)}
+        return {full_layer_name: encode(weight, module.block_type)}

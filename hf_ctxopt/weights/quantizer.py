@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.quantizers import HfQuantizer
+from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import get_module_from_name
 
 from ..errors import ConfigError
@@ -15,13 +15,13 @@ from .linear import GgufEmbedding, GgufLinear
 from .selection import replacement, types_of
 
 
-class GgufQuantizer(HfQuantizer):  # type: ignore[misc]
+class GgufQuantizer(HfQuantizer):
     """transformers' side of `GgufQuantConfig`."""
 
     requires_calibration = False
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
-        config = self.quantization_config
+        config: Any = self.quantization_config
         if self.pre_quantized:
             if not config.types:
                 raise ConfigError("quantization_config.types", config.types, "the block type of each packed module")
@@ -46,7 +46,7 @@ class GgufQuantizer(HfQuantizer):  # type: ignore[misc]
         """Bytes per weight, for whoever plans where modules go."""
         module, name = get_module_from_name(model, param_name)
         if name == "weight" and isinstance(module, GgufLinear | GgufEmbedding):
-            return 1.0 if self.pre_quantized else BLOCKS[module.type].bits / 8
+            return 1.0 if self.pre_quantized else BLOCKS[module.block_type].bits / 8
         return float(super().param_element_size(model, param_name, param))
 
     def get_quantize_ops(self) -> Any:

@@ -115,7 +115,7 @@ def replacement(module: nn.Module, type: str, dtype: torch.dtype, packed: bool) 
     if isinstance(module, nn.Embedding):
         scale = getattr(module, "scalar_embed_scale", None)
         if scale is None and hasattr(module, "embed_scale"):
-            scale = float(module.embed_scale)
+            scale = float(module.embed_scale)  # type: ignore[arg-type]
         return GgufEmbedding(
             module.num_embeddings, module.embedding_dim, type, dtype, scale, module.padding_idx, packed
         )
