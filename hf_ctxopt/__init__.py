@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from .integration.build import make_cache
     from .integration.patch import patch_model, patched, unpatch_model
     from .weights.config import GgufQuantConfig
+    from .weights.in_memory import quantize_
 
 __version__ = "0.1.0"
 
@@ -45,6 +46,7 @@ __all__ = [
     "make_cache",
     "patch_model",
     "patched",
+    "quantize_",
     "register",
     "unpatch_model",
     "unregister",
@@ -57,6 +59,7 @@ _LAZY = {
     "make_cache": ".integration.build",
     "patch_model": ".integration.patch",
     "patched": ".integration.patch",
+    "quantize_": ".weights.in_memory",
     "unpatch_model": ".integration.patch",
     "testing": ".testing",
 }

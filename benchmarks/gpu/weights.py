@@ -240,6 +240,7 @@ def load(layers: int) -> list[dict[str, Any]]:
     held, peak = torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated()
     row = {
         "layers": layers,
+        "dtype": str(model.dtype),
         "held_gib": held / 2**30,
         "peak_gib": peak / 2**30,
         "ratio": peak / held,

@@ -53,7 +53,7 @@ def _high(word, byte: tl.constexpr, fifth, one, BITS: tl.constexpr):  # type: ig
     return (code | one).to(tl.float32, bitcast=True)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def _group(first, second, third, group):  # type: ignore[no-untyped-def]
     """6-bit scale and minimum of `group` (0–7) from the header's three words, as float32."""
     shift = (group & 3) * 8
@@ -83,9 +83,9 @@ def _word(low, high, word, fifth, x, lows, highs, at, given, one, BITS: tl.const
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _half(
+def _half(  # type: ignore[no-untyped-def]
     low, high, words, fifths, x, at, given, one, inner, CHUNKS: tl.constexpr, BITS: tl.constexpr, KIND: tl.constexpr
-):  # type: ignore[no-untyped-def]
+):
     """Adds the products of four words."""
     w0, w1, w2, w3 = words
     f0, f1, f2, f3 = fifths

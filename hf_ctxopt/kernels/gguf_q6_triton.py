@@ -15,13 +15,13 @@ from hf_ctxopt.kernels.gguf_parts_triton import half_of, load_pair
 UNIT = tl.constexpr(64.0)  # codes of 6 bits on top of the mantissa of 1.0: 1 + code / 64
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def _code(nibbles, pairs, one):  # type: ignore[no-untyped-def]
     """1 + code / 64; `nibbles` has the low four bits in bits 0–3, `pairs` the upper two in bits 0–1."""
     return ((nibbles & 15) << 17 | (pairs & 3) << 21 | one).to(tl.float32, bitcast=True)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def _scale(words, here, shift):  # type: ignore[no-untyped-def]
     """A signed 8-bit scale out of a 16-bit word: the low byte for a shift of 24, the high one for 16."""
     return ((tl.load(words, mask=here, other=0).to(tl.int32) << shift) >> 24).to(tl.float32)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
@@ -40,10 +38,6 @@ class _Packed(nn.Module):
         if self.weight.dtype != torch.uint8:
             raise ConfigError("weight", str(self.weight.dtype), "blocks in uint8: nothing has been loaded")
         return self.weight
-
-    def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        # `model.half()` and the like convert floating parameters only; blocks only move.
-        return super()._apply(fn, recurse)
 
 
 class GgufLinear(_Packed):

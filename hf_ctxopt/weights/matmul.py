@@ -40,7 +40,7 @@ def decoded_matmul(x: Tensor, packed: Tensor, type: str) -> Tensor:
     Differentiable in `x`; a slab is decoded again on the way back, not kept.
     """
     if torch.is_grad_enabled() and x.requires_grad:
-        result: Tensor = _Decoded.apply(x, packed, type)
+        result: Tensor = _Decoded.apply(x, packed, type)  # type: ignore[no-untyped-call]
         return result
     out = x.new_empty(len(x), packed.shape[0])
     for first, weight in _slabs(packed, type, x.dtype):

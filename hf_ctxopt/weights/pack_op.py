@@ -11,13 +11,13 @@ from transformers.quantizers.quantizers_utils import get_module_from_name
 from .codecs import encode
 
 
-class PackOp(ConversionOps):  # type: ignore[misc]
+class PackOp(ConversionOps):
     """Packs one weight; the loader hands over the tensors one by one."""
 
     def __init__(self, hf_quantizer: Any) -> None:
         self.hf_quantizer = hf_quantizer
 
-    def convert(
+    def convert(  # type: ignore[override]  # 5.17 and 5.24 name different arguments; all come by keyword
         self, input_dict: dict[str, Any], *, model: Any = None, full_layer_name: str = "", **kwargs: Any
     ) -> dict[str, Tensor]:
         """{pattern: weight} to {parameter: blocks}."""
