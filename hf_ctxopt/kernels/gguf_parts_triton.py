@@ -54,7 +54,7 @@ def floats_of(x, word, index, mask, KIND: tl.constexpr):  # type: ignore[no-unty
     return a, b, c, d
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def half_of(word):  # type: ignore[no-untyped-def]
     """The low 16 bits of an int as an fp16 scale, in float32."""
     return (word & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
