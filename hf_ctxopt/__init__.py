@@ -80,7 +80,6 @@ _LAZY = {
     "quantize_": ".weights.in_memory",
     "patch_model": ".integration.patch",
     "patched": ".integration.patch",
-    "quantize_": ".weights.in_memory",
     "unpatch_model": ".integration.patch",
     "testing": ".testing",
 }
