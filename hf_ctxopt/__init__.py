@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from .integration.session import Session
     from .planner.plan import Plan
     from .planner.search import plan
+    from .weights.config import GgufQuantConfig
+    from .weights.in_memory import quantize_
 
 __version__ = "0.1.0"
 
@@ -42,6 +44,7 @@ __all__ = [
     "CorruptFileError",
     "CtxoptError",
     "DoesNotFitError",
+    "GgufQuantConfig",
     "IntegrityError",
     "InterruptedStepError",
     "PagedCache",
@@ -59,6 +62,7 @@ __all__ = [
     "patched",
     "plan",
     "priorities_from_messages",
+    "quantize_",
     "register",
     "save_store",
     "stores",
@@ -67,6 +71,7 @@ __all__ = [
 ]
 
 _LAZY = {
+    "GgufQuantConfig": ".weights.config",
     "PagedCache": ".caches",
     "Plan": ".planner.plan",
     "PrefixCache": ".caches",
@@ -79,6 +84,7 @@ _LAZY = {
     "save_store": ".integration.saved",
     "stores": ".caches.stores",
     "make_cache": ".integration.build",
+    "quantize_": ".weights.in_memory",
     "patch_model": ".integration.patch",
     "patched": ".integration.patch",
     "plan": ".planner.search",

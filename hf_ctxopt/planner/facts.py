@@ -43,11 +43,19 @@ class LayerShape:
 
 @dataclass(frozen=True)
 class Matrix:
-    """One parameter: its name, its shape (..., columns), and whether a quantizer of linear layers takes it."""
+    """One parameter.
+
+    Args:
+        name: as `named_parameters` gives it.
+        shape: (..., columns).
+        linear: whether it is a linear layer's, which transformers' quantizers take.
+        packable: whether GGUF blocks can take its place (`weights/selection.py`): not experts in one tensor.
+    """
 
     name: str
     shape: tuple[int, ...]
     linear: bool
+    packable: bool
 
     @property
     def numel(self) -> int:
@@ -74,6 +82,7 @@ class ModelFacts:
         active: share of the experts' weights that a token reads.
         item: bytes of an element of K and V.
         loaded: bytes of (layers, embedding, head) of a model that is loaded, on its device; `None` for a config.
+        packed: whether the weights of a loaded model are not plain matrices.
         other_layers: layers with a state of their own kind (linear attention), which is not counted.
     """
 
@@ -92,6 +101,7 @@ class ModelFacts:
     active: float = 1.0
     item: int = 2
     loaded: tuple[int, int, int] | None = None
+    packed: bool = False
     other_layers: int = 0
 
     @property
@@ -178,7 +188,7 @@ def _facts(config: Any, model: Any, source: str | None) -> ModelFacts:
         matrices=_matrices(module), shape=shape_of(config), trained=trained, window_limit=_window_limit(text, trained),
         layers=int(text.num_hidden_layers), hidden=hidden, inner=max(inner, int(narrow * chosen)),
         heads=int(text.num_attention_heads), vocab=int(text.vocab_size), active=min(1.0, chosen / experts),
-        item=2 if model is None else _item(model), loaded=None if model is None else _loaded(model),
+        item=2 if model is None else _item(model), loaded=None if model is None else _loaded(model), packed=model is not None and _packed(model),
         other_layers=others,
     )  # fmt: skip
 
@@ -235,12 +245,15 @@ def _heads(text: Any, measured: tuple[int, int, int] | None) -> tuple[int, int, 
 def _matrices(module: Any) -> tuple[Matrix, ...]:
     from torch import nn
 
-    linear = {
-        f"{name}.weight"
-        for name, part in module.named_modules()
-        if isinstance(part, nn.Linear) or type(part).__name__ == "Conv1D"
-    }
-    return tuple(Matrix(name, tuple(shape), name in linear) for name, shape in weights_of(module))
+    from ..weights.selection import is_embedding, is_linear
+
+    linear, packable = set(), set()
+    for name, part in module.named_modules():
+        if isinstance(part, nn.Linear) or type(part).__name__ == "Conv1D":
+            linear.add(f"{name}.weight")
+        if is_linear(part) or is_embedding(part):
+            packable.add(f"{name}.weight")
+    return tuple(Matrix(name, tuple(shape), name in linear, name in packable) for name, shape in weights_of(module))
 
 
 def _rope_sets(text: Any) -> list[Mapping[str, Any]]:
@@ -264,6 +277,11 @@ def _window_limit(text: Any, trained: int | None) -> int | None:
 def _item(model: Any) -> int:
     dtype = getattr(model, "dtype", None)
     return int(dtype.itemsize) if dtype is not None and dtype.is_floating_point else 2
+
+
+def _packed(model: Any) -> bool:
+    """Whether a matrix is stored as integers."""
+    return any(part.dim() > 1 and not part.is_floating_point() for part in model.parameters())
 
 
 def _loaded(model: Any) -> tuple[int, int, int]:

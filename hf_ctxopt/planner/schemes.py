@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 from ..errors import ConfigError
 from ..weights.blocks import packed_bytes
+from ..weights.matmul import SLAB_GPU
 from ..weights.mixes import MIXES, tensor_type
 from ..weights.roles import Role, role
 from .facts import Matrix, ModelFacts
@@ -34,8 +35,8 @@ class WeightBytes:
         layers: everything but embedding and head.
         embedding: the input embedding, and the head where both are one matrix.
         head: a head of its own; 0 where it is tied.
-        unpacked: bytes of the largest matrix in 16 bits, which a prompt needs beside the packed ones; 0 if nothing is
-            packed.
+        unpacked: bytes of a matrix, or of a slab of it, in 16 bits, which a prompt needs beside the packed ones; 0 if
+            nothing is packed.
         read: bytes that a generated token reads.
     """
 
@@ -75,8 +76,8 @@ def weight_bytes(facts: ModelFacts, scheme: str) -> WeightBytes:
         parts[kind] += size
         if kind is not Role.EMBEDDING or facts.tied:
             read += int(size * facts.active) if "expert" in matrix.name else size
-        if scheme != PLAIN and matrix.linear and kind is Role.OTHER:
-            unpacked = max(unpacked, 2 * matrix.numel)
+        if kind is Role.OTHER and (scheme in MIXES and matrix.packable or scheme in LINEAR and matrix.linear):
+            unpacked = max(unpacked, 2 * (min(matrix.numel, SLAB_GPU) if scheme in MIXES else matrix.numel))
     return WeightBytes(scheme, parts[Role.OTHER], parts[Role.EMBEDDING], parts[Role.HEAD], unpacked, read)
 
 
@@ -84,20 +85,15 @@ def _as_loaded(facts: ModelFacts) -> WeightBytes:
     if facts.loaded is None:
         raise ConfigError("weights", LOADED, f"one of {', '.join(SCHEMES)}: the model is not loaded")
     layers, embedding, head = facts.loaded
-    plain = sum(facts.item * matrix.numel for matrix in facts.matrices if role(matrix.name) is Role.OTHER)
-    packed = any("weight" in matrix.name and not matrix.linear and len(matrix.shape) > 1 for matrix in facts.matrices)
-    largest = max((2 * matrix.numel for matrix in facts.matrices if len(matrix.shape) > 1), default=0)
-    # Packed weights are not seen as matrices of their own shape: what they unpack to is told from the sizes.
-    unpacked = 2 * facts.hidden * facts.inner if packed and layers < plain else 0
-    return WeightBytes(
-        LOADED, layers, embedding, head, min(unpacked, largest or unpacked), layers + (head or embedding)
-    )
+    # The shape of what is packed is not seen any more: the largest matrix of a layer is that of its feed-forward.
+    unpacked = 2 * facts.hidden * facts.inner if facts.packed else 0
+    return WeightBytes(LOADED, layers, embedding, head, unpacked, layers + (embedding if facts.tied else head))
 
 
 def _bytes(matrix: Matrix, scheme: str, facts: ModelFacts) -> int:
     if scheme in LINEAR and matrix.linear and role(matrix.name) is not Role.HEAD:
         return _linear_bytes(matrix, scheme)
-    if scheme in MIXES:
+    if scheme in MIXES and matrix.packable:
         block = tensor_type(matrix.name, matrix.shape, scheme, facts.shape)
         if block is not None:
             return packed_bytes(matrix.shape, block)

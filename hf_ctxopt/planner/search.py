@@ -266,7 +266,7 @@ def _milliseconds(choice: Choice, tokens: int) -> float | None:
     read = weights.read - ((weights.embedding if facts.tied else weights.head) if head else 0)
     held = choice.kv_bytes(tokens) * choice.task.batch // choice.task.rows
     return token_ms(
-        read, held, facts.layers, choice.task.card.bandwidth, packed=weights.scheme not in (PLAIN, LOADED),
+        read, held, facts.layers, choice.task.card.bandwidth, packed=facts.packed or weights.scheme not in (PLAIN, LOADED),
         replayed=choice.replayed, on_host=head,
     )  # fmt: skip
 
