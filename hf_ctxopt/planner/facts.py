@@ -188,8 +188,8 @@ def _facts(config: Any, model: Any, source: str | None) -> ModelFacts:
         matrices=_matrices(module), shape=shape_of(config), trained=trained, window_limit=_window_limit(text, trained),
         layers=int(text.num_hidden_layers), hidden=hidden, inner=max(inner, int(narrow * chosen)),
         heads=int(text.num_attention_heads), vocab=int(text.vocab_size), active=min(1.0, chosen / experts),
-        item=2 if model is None else _item(model), loaded=None if model is None else _loaded(model), packed=model is not None and _packed(model),
-        other_layers=others,
+        item=2 if model is None else _item(model), loaded=None if model is None else _loaded(model),
+        packed=model is not None and _packed(model), other_layers=others,
     )  # fmt: skip
 
 

@@ -265,9 +265,9 @@ def _milliseconds(choice: Choice, tokens: int) -> float | None:
     head = 2 * facts.vocab * facts.hidden if "head" in choice.host else 0
     read = weights.read - ((weights.embedding if facts.tied else weights.head) if head else 0)
     held = choice.kv_bytes(tokens) * choice.task.batch // choice.task.rows
+    packed = facts.packed or weights.scheme not in (PLAIN, LOADED)
     return token_ms(
-        read, held, facts.layers, choice.task.card.bandwidth, packed=facts.packed or weights.scheme not in (PLAIN, LOADED),
-        replayed=choice.replayed, on_host=head,
+        read, held, facts.layers, choice.task.card.bandwidth, packed=packed, replayed=choice.replayed, on_host=head,
     )  # fmt: skip
 
 
