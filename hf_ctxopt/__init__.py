@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from .caches import PagedCache, PrefixCache, PriorityCache, SinkCache
     from .caches.stores import drop_store, stores
     from .integration.build import make_cache
+    from .integration.load import load
     from .integration.messages import priorities_from_messages
     from .integration.patch import patch_model, patched, unpatch_model
     from .integration.saved import load_store, save_store
@@ -56,6 +57,7 @@ __all__ = [
     "UnsupportedModelError",
     "__version__",
     "drop_store",
+    "load",
     "load_store",
     "make_cache",
     "patch_model",
@@ -79,6 +81,7 @@ _LAZY = {
     "SinkCache": ".caches",
     "Session": ".integration.session",
     "drop_store": ".caches.stores",
+    "load": ".integration.load",
     "load_store": ".integration.saved",
     "priorities_from_messages": ".integration.messages",
     "save_store": ".integration.saved",

@@ -12,10 +12,11 @@ from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 from ..caches import CACHES
 from ..caches.base import PageCache
 from ..caches.options import PageOptions
-from ..errors import UnsupportedModelError
-from .build import attention_cache, build_cache, check_holes, parse_options
+from ..errors import ConfigError, UnsupportedModelError
+from .build import Evicting, attention_cache, build_cache, check_holes, parse_options
 from .chunking import chunk_size
 from .compat import generate_argument
+from .planned import AUTO, Settings, automatic
 from .positions import padding_of
 from .record import record_of
 
@@ -35,7 +36,7 @@ def wrap_prepare_cache(original: Prepare) -> Prepare:
     ) -> Any:  # fmt: skip
         arguments = (generation_config, model_kwargs, generation_mode, batch_size, max_cache_length)
         given = model_kwargs.get(generate_argument())
-        named = generation_config.cache_implementation in CACHES
+        named = generation_config.cache_implementation in (*CACHES, AUTO)
         if named and (generation_config.is_assistant or given is not None):
             # Assistants get a plain cache (upstream hands them the main model's name and then refuses it), and a cache
             # that is passed wins over the name saved in a configuration. The config is this call's own copy.
@@ -56,12 +57,21 @@ def wrap_prepare_cache(original: Prepare) -> Prepare:
 def _chosen(model: Any, generation_config: Any) -> tuple[str, PageOptions] | None:
     """Cache name and options for this call; `None` if it is not for us."""
     name = generation_config.cache_implementation
+    if name == AUTO:
+        settings = _automatic(model, generation_config.cache_config)
+        return settings.cache, settings.options
     if name in CACHES:
         return name, parse_options(name, generation_config.cache_config)
     record = record_of(model)
     if name is None and record is not None:
         return record.cache, record.options
     return None
+
+
+def _automatic(model: Any, given: Any) -> Settings:
+    if given:
+        raise ConfigError("cache_config", given, f"unset: {AUTO} chooses the options")
+    return automatic(model, again=False)
 
 
 def _new(
@@ -137,4 +147,14 @@ def _prompt_length(mask: Tensor | None, generation_config: Any) -> int | None:
 def _chunk(model: Any, generation_config: Any, cache: PageCache, prompt: int | None) -> None:
     if generation_config.prefill_chunk_size is None:
         size = chunk_size(model, cache.options, cache.context.ledger.span, prompt)
+        planned = _planned_chunk(model, cache)
+        if planned is not None and prompt is not None and prompt > planned:
+            # What evicts has reasons of its own for small chunks; otherwise the plan knows more than the rule.
+            size = planned if size is None or not isinstance(cache.options, Evicting) else min(size, planned)
         generation_config.prefill_chunk_size = size
+
+
+def _planned_chunk(model: Any, cache: PageCache) -> int | None:
+    """The prefill chunk of the plan that the model was patched with, if the cache is that plan's."""
+    record = record_of(model)
+    return record.chunk if record is not None and record.options == cache.options else None

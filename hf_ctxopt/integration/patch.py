@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import MethodType
 from typing import Any, TypeVar
@@ -13,9 +13,11 @@ from transformers.modeling_utils import PreTrainedModel
 
 from ..caches.context import ATTENTION
 from ..errors import ConfigError, UnsupportedModelError
+from ..planner.plan import Plan
 from .build import parse_options, unwrap
 from .decode_graph import DecodeGraph
 from .offload import check_parts, from_host, parse_parts, to_host
+from .planned import AUTO, USUAL, Settings, automatic, check_weights, settings_of
 from .record import ATTRIBUTE, PatchRecord, record_of
 from .register import register
 
@@ -24,16 +26,21 @@ _Model = TypeVar("_Model", bound=nn.Module)
 
 
 def patch_model(
-    model: _Model, cache: str = "ctx_paged", *, graph: bool = True, compile: bool = False,
-    on_host: Sequence[str] = (), **options: Any
+    model: _Model, cache: str | None = None, *, plan: Plan | Mapping[str, Any] | None = None, graph: bool = True,
+    compile: bool = False, on_host: Sequence[str] = (), **options: Any
 ) -> _Model:  # fmt: skip
     """Make `generate` use one of our caches by default, and attention read its pages.
+
+    Without a cache, options or a plan, the model is planned for as it stands: `ctx_paged` with the bits, the budget
+    and the prefill chunk that the memory left on its device allows (see `planned.py`).
 
     A second patch replaces the first. Nothing is changed if an argument is bad.
 
     Args:
         model: a transformers model that can generate, or a PEFT model around one.
-        cache: name of the default cache.
+        cache: name of the default cache; `"ctx_auto"` plans, and so does `None` without options. With options `None`
+            is `"ctx_paged"`.
+        plan: of `hf_ctxopt.plan`, or its `to_dict()`: cache, options and placement are the plan's.
         graph: on a GPU, replay decode steps as CUDA graphs (see `decode_graph.py`).
         compile: put the graph's body through `torch.compile`: a minute at the first step, faster ones afterwards.
         on_host: of `"embedding"` and `"head"`, the matrices to keep in the host's memory (see `offload.py`). Moving
@@ -52,15 +59,28 @@ def patch_model(
             raise ConfigError(name, flag, "True or False")
     if compile and not graph:
         raise ConfigError("compile", compile, "False without graph=True: only the body of a decode graph is compiled")
-    parsed, parts = parse_options(cache, options), parse_parts(on_host)
+    parts = parse_parts(on_host)
     inner = unwrap(model)
+    chosen = None if plan is not None else _given(cache, options)
+    if plan is not None:
+        if cache is not None or options or parts:
+            raise ConfigError("plan", "given", "a plan alone: cache, options and on_host are the plan's")
+        chosen = settings_of(plan)
     if not isinstance(inner, PreTrainedModel) or not inner.can_generate():
         raise UnsupportedModelError(f"{type(inner).__name__} is not a transformers model with generate()")
+    if chosen is None:
+        chosen = automatic(inner)
+    elif chosen.plan is not None:
+        check_weights(inner, chosen.plan)
+    parts = parts or chosen.on_host
     check_parts(inner, parts)
     before = record_of(inner)
     unpatch_model(model)
     register()
-    record = PatchRecord(cache, parsed, fused=_can_fuse(inner), graph=graph, compiled=compile, on_host=parts)
+    record = PatchRecord(
+        chosen.cache, chosen.options, fused=_can_fuse(inner), graph=graph, compiled=compile, on_host=parts,
+        chunk=chosen.chunk, plan=chosen.plan,
+    )  # fmt: skip
     if record.fused:
         record.attention = [(config, config._attn_implementation_internal) for config in _configs(inner)]
     try:
@@ -98,7 +118,7 @@ def unpatch_model(model: _Model) -> _Model:
 
 
 @contextmanager
-def patched(model: _Model, cache: str = "ctx_paged", **options: Any) -> Iterator[_Model]:
+def patched(model: _Model, cache: str | None = None, **options: Any) -> Iterator[_Model]:
     """`patch_model` for the length of a `with` block; an earlier patch comes back afterwards."""
     before = record_of(unwrap(model))
     patch_model(model, cache, **options)
@@ -108,6 +128,18 @@ def patched(model: _Model, cache: str = "ctx_paged", **options: Any) -> Iterator
         unpatch_model(model)
         if before is not None:
             _apply(unwrap(model), before)
+
+
+def _given(cache: str | None, options: dict[str, Any]) -> Settings | None:
+    """The settings that were asked for; `None` to plan."""
+    if cache is None and not options:
+        return None
+    if cache == AUTO:
+        if options:
+            raise ConfigError("cache", cache, f"without options: {AUTO} chooses them")
+        return None
+    name = USUAL if cache is None else cache
+    return Settings(name, parse_options(name, options))
 
 
 def _apply(model: Any, record: PatchRecord) -> None:

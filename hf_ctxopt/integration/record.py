@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..caches.options import PageOptions
+from ..planner.plan import Plan
 from .offload import HostPart
 
 ATTRIBUTE = "_ctxopt_patch"
@@ -24,6 +25,8 @@ class PatchRecord:
         on_host: what is asked to be in the host's memory (see `offload.py`).
         moved: what was moved there.
         forward: what stands in the place of the model's `forward` (see `decode_graph.py`).
+        chunk: tokens of a prefill chunk that a plan asks for.
+        plan: the plan that the settings come from, if they do.
         attention: each config whose attention implementation was switched, and what it was.
     """
 
@@ -35,6 +38,8 @@ class PatchRecord:
     on_host: tuple[str, ...] = ()
     moved: list[HostPart] = field(default_factory=list)
     forward: Any = None
+    chunk: int | None = None
+    plan: Plan | None = None
     attention: list[tuple[Any, str | None]] = field(default_factory=list)
 
 

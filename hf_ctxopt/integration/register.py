@@ -17,7 +17,7 @@ from threading import RLock
 from types import ModuleType
 from typing import Any
 
-NAMES = ("ctx_paged", "ctx_sink", "ctx_priority", "ctx_prefix")
+NAMES = ("ctx_paged", "ctx_sink", "ctx_priority", "ctx_prefix", "ctx_auto")
 _ATTENTION = "ctxopt"
 _lock = RLock()
 

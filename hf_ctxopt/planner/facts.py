@@ -175,6 +175,9 @@ def _facts(config: Any, model: Any, source: str | None) -> ModelFacts:
             f"{text.model_type}: multi-head latent attention stores compressed states (kv_lora_rank="
             f"{text.kv_lora_rank}), whose size in this cache is not what its config says; it cannot be planned for"
         )
+    for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size"):
+        if not isinstance(getattr(text, name, None), int):
+            raise UnsupportedModelError(f"{text.model_type}: its config has no {name}, so it cannot be planned for")
     module = model if model is not None else meta_model(config)
     groups, others = _groups(text, module)
     experts = float(shape_of(config).experts)

@@ -16,7 +16,7 @@ GOALS = ("quality", "context", "speed")
 ORDER = [(weights, bits) for weights in ("bf16", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M") for bits in (16, 8)]
 """The stated order, as far as 8-bit pages."""
 # Weights and bits of K and V at 8,192 tokens (Llama-2: 4,096), goal "quality"; h: embedding and head on the host.
-# By hand, e.g. 8 GiB and Llama-3.1-8B: 8 - 1 (reserve) - 0.45 (context) - 0.125 (graph) - 0.08 (chunks of 256 tokens) =
+# By hand, e.g. 8 GiB and Llama-3.1-8B: 8 - 1 (reserve) - 0.45 (context) - 0.125 (graph) - 0.08 (chunks of 256) =
 # 6.345 GiB are left; Q5_K_M is 5.33 and its pages 1.0 at 16 bits; Q6_K is 6.13 and its pages 0.56 at 8.
 PICKED = {
     ("Llama-2-7B", 8): ("Q6_K", 8, 8, ""), ("Llama-2-7B", 12): ("Q8_0", 16, 16, ""),

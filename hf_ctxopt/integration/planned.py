@@ -1,0 +1,98 @@
+"""From a plan to what `patch_model` and `generate` take, and the plan of a model as it stands."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from torch import nn
+
+from ..caches.options import PageOptions
+from ..errors import ConfigError, DoesNotFitError, UnsupportedModelError
+from ..planner.facts import facts_of
+from ..planner.plan import Plan
+from ..planner.schemes import LOADED
+from .build import parse_options
+from .chunking import compute_device
+
+AUTO = "ctx_auto"
+USUAL = "ctx_paged"
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a plan comes down to.
+
+    Args:
+        cache: name of the cache.
+        options: its validated options.
+        chunk: tokens of a prefill chunk; `None` leaves it to `chunking.py`.
+        on_host: parts of the model that belong in the host's memory.
+        plan: where it comes from; `None` where nothing could be planned.
+    """
+
+    cache: str
+    options: PageOptions
+    chunk: int | None = None
+    on_host: tuple[str, ...] = ()
+    plan: Plan | None = None
+
+
+def settings_of(plan: Plan | Mapping[str, Any]) -> Settings:
+    """Settings of a plan, or of what `Plan.to_dict` made of one.
+
+    Raises:
+        ConfigError: it is neither.
+    """
+    found = plan if isinstance(plan, Plan) else Plan.from_dict(plan)
+    return Settings(found.cache, parse_options(found.cache, found.cache_options), found.chunk, found.on_host, found)
+
+
+_automatic: WeakKeyDictionary[nn.Module, tuple[str, Settings]] = WeakKeyDictionary()
+
+
+def automatic(model: nn.Module, again: bool = True) -> Settings:
+    """Settings for the model as it stands: for the memory that its device has left.
+
+    On a GPU the pages get a budget and prompts the planned chunk. A CPU has no hard limit, so there only the bits are
+    planned. Where nothing can be planned this is `ctx_paged`, and a warning says why.
+
+    Args:
+        model: a transformers model, loaded.
+        again: plan anew; otherwise an earlier plan for the same device will do.
+    """
+    device = str(compute_device(model))
+    known = _automatic.get(model)
+    if known is None or again or known[0] != device:
+        known = _automatic[model] = (device, _planned(model))
+    return known[1]
+
+
+def _planned(model: nn.Module) -> Settings:
+    from ..planner.search import plan
+
+    try:
+        found = plan(facts_of(model), device=compute_device(model))
+    except (DoesNotFitError, UnsupportedModelError, ConfigError) as error:
+        logger.warning("no plan for %s, %s keeps its defaults: %s", type(model).__name__, USUAL, error)
+        return Settings(USUAL, parse_options(USUAL, {}))
+    options = found.cache_options
+    if found.bytes["graph"]:  # a GPU
+        return Settings(found.cache, parse_options(found.cache, options), found.chunk, (), found)
+    options.pop("budget", None)
+    return Settings(found.cache, parse_options(found.cache, options), None, (), found)
+
+
+def check_weights(model: Any, plan: Plan) -> None:
+    """Warn where a model is not stored as the plan has it: the bytes are then not those that were planned."""
+    packed = any(part.dim() > 1 and not part.is_floating_point() for part in model.parameters())
+    if plan.weights != LOADED and packed != (plan.weights != "bf16"):
+        logger.warning(
+            "the plan is for %s weights, and those of this %s are %s: it may not fit as planned",
+            plan.weights, type(model).__name__, "packed" if packed else "not packed",
+        )  # fmt: skip
