@@ -120,12 +120,7 @@ def _pattern(role: Role) -> str:
 def _move(model: Any, place: torch.device, on_host: tuple[str, ...]) -> None:
     """Move all but the parts that stay on the host; `patch_model` hooks those."""
     ends = {"embedding": model.get_input_embeddings(), "head": model.get_output_embeddings()}
-    staying = {id(part) for name in on_host for part in ends[name].parameters()}
+    staying = [ends[name] for name in on_host]
     for module in model.modules():
-        for held in (module._parameters, module._buffers):
-            for name, part in held.items():
-                if part is not None and id(part) not in staying:
-                    if held is module._parameters:
-                        part.data = part.data.to(place)
-                    else:
-                        held[name] = part.to(place)
+        if not any(module is part for part in staying):
+            module._apply(lambda tensor: tensor.to(place), recurse=False)
