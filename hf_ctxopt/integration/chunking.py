@@ -3,7 +3,7 @@
 A prompt that is read at once needs activations for all of its tokens together; in chunks it needs those of one chunk,
 and the tokens that are generated stay the same. The rule, in order:
 
-1. A `prefill_chunk_size` of the user's is kept.
+1. A `prefill_chunk_size` of the user's is kept; a model patched with a plan takes the plan's (see `generate.py`).
 2. What transformers cannot split stays whole: prompts of more than token ids, encoder-decoders, and continued texts
    before transformers 5.23 (see `generate.py`).
 3. `ctx_sink` with a prompt longer than what it will hold: chunks of its window, at most `SMALL` tokens, so that the

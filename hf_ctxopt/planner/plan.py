@@ -9,6 +9,8 @@ from typing import Any
 from ..errors import ConfigError
 
 VERSION = 1
+STORE = "sessions"
+"""Name of the prefix store where several agents share one: that of `Session`."""
 PARTS = ("weights", "embeddings", "kv", "activations", "logits", "graph", "cuda_context", "others", "reserve")
 """Keys of `Plan.bytes`, in the order in which they are shown."""
 
@@ -80,6 +82,8 @@ class Plan:
     def cache_options(self) -> dict[str, Any]:
         """Options of the cache, as `patch_model(cache=..., **options)` and `cache_config` take them."""
         options: dict[str, Any] = {"page_size": self.page_size, "kv_bits": dict(self.kv_bits)}
+        if self.cache == "ctx_prefix":
+            options["store"] = STORE
         if self.window is None:
             return {**options, "budget": f"{self.kv_budget}B"}
         return {**options, "window": self.window, "sinks": self.sinks}

@@ -166,6 +166,7 @@ def test_agents_share_a_store_that_holds_all_of_them() -> None:
     one = plan(facts("Llama-3.1-8B"), vram="12GiB", weights="Q4_K_M", kv_bits=8)
     four = plan(facts("Llama-3.1-8B"), vram="12GiB", weights="Q4_K_M", kv_bits=8, agents=4)
     assert four.cache == "ctx_prefix"
+    assert four.cache_options["store"] == "sessions"
     assert four.bytes["kv"] == 4 * one.bytes["kv"]
     with pytest.raises(ConfigError, match="prefix store"):
         plan(facts("Llama-2-7B"), vram="12GiB", context=8192, agents=2)
