@@ -133,8 +133,11 @@ def test_names_of_options_are_strings(quiet: nn.Module, options: dict[Any, Any])
     _refused(ENTRANCES["generate"], quiet, "ctx_sink", options, "cache_config", "window")
 
 
-@pytest.mark.parametrize("name", ["ctx_nothing", "dynamic", "", None, 3])
-@pytest.mark.parametrize("entrance", ["make_cache", "patch_model", "patched"])
+@pytest.mark.parametrize(
+    ("entrance", "name"),
+    [(entrance, name) for entrance in ("make_cache", "patch_model", "patched")
+     for name in ("ctx_nothing", "dynamic", "", 3)] + [("make_cache", None), ("make_cache", "ctx_auto")],
+)  # fmt: skip
 def test_unknown_caches(quiet: nn.Module, entrance: str, name: Any) -> None:
     _refused(ENTRANCES[entrance], quiet, name, {}, "cache", "ctx_paged, ctx_sink")
 
