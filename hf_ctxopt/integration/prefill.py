@@ -137,6 +137,8 @@ def _obstacle(model: Any, cache: PrefixCache, input_ids: Tensor, model_kwargs: d
         return "the model is in training mode"
     if "prepare_inputs_for_generation" in vars(model):  # prompt tuning (PEFT) puts virtual tokens before the prompt
         return "the model's inputs are prepared by somebody else"
+    if [group.arena for group in cache.groups] != cache.store.arenas:
+        return "the store holds pages of another layout by now"
     other = next((layer for layer in cache.layers if not isinstance(layer, PageLayer)), None)
     if other is not None and type(other).__name__ != "DummyLayer":  # that one only reads another layer's pages
         return f"a {type(other).__name__} keeps a state that pages do not hold"

@@ -15,6 +15,7 @@ from .radix_node import Node
 
 Item = TypeVar("Item")
 Key = tuple[int, float, int]
+_LEAST = 256  # entries below which nothing is tidied up
 
 
 class Queue(Generic[Item]):
@@ -31,10 +32,11 @@ class Queue(Generic[Item]):
         self._heap: list[tuple[Key, int, Node[Item]]] = []
         self._ends: list[tuple[float, int, Node[Item]]] = []  # when the priority of a leaf's last page ends
         self._numbers = itertools.count()
+        self._most = _LEAST
 
     def clear(self) -> None:
         """Forget all."""
-        self._heap, self._ends = [], []
+        self._heap, self._ends, self._most = [], [], _LEAST
 
     def place(self, node: Node[Item]) -> int | None:
         """The node's page that would go next; `None` if none can."""
@@ -60,6 +62,16 @@ class Queue(Generic[Item]):
         end = node.expiry(place)
         if end is not None and end >= self._clock():
             heapq.heappush(self._ends, (end, next(self._numbers), node))
+        if len(self._heap) + len(self._ends) > self._most:
+            self._tidy()
+
+    def _tidy(self) -> None:
+        """Leave one entry of each leaf: every use of a text adds one, whether anything is ever evicted or not."""
+        nodes = {id(node): node for _, _, node in (*self._heap, *self._ends)}
+        self.clear()
+        self._most = 4 * len(nodes) + _LEAST
+        for node in nodes.values():
+            self.offer(node)
 
     def pop(self) -> Node[Item] | None:
         """The leaf whose last page goes next; it must be offered again afterwards. `None` if there is none."""

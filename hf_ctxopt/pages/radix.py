@@ -163,7 +163,7 @@ class RadixTree(Generic[Item]):
         root = node
         while root.parent is not None:
             root = root.parent
-        return next(name for name, one in self._roots.items() if one is root)
+        return root.namespace
 
     def clear(self) -> None:
         """Forget everything, locked or not: locks end without effect."""
@@ -263,6 +263,8 @@ class RadixTree(Generic[Item]):
         if place == 0 and parent is not None:
             parent.remove(node)
             node.alive = False
+            if parent.parent is None and not parent.children:
+                self._roots.pop(parent.namespace, None)  # a salt for each call would add up
         while len(node.items) > place:
             gone.append(node.cut())
             self.pages -= 1
@@ -308,6 +310,7 @@ class RadixTree(Generic[Item]):
             if not create:
                 return None, 0
             node = self._roots[namespace] = Node(None, [], [], [], [])
+            node.namespace = namespace
         count = 0
         while count < len(text):
             child = node.child(text[count])

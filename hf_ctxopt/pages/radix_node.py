@@ -6,7 +6,7 @@ Source: SGLang, `mem_cache/radix_cache.py` (`TreeNode`); priorities and duration
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from typing import Generic, TypeVar
 
 DEFAULT_PRIORITY = 35
@@ -38,6 +38,7 @@ class Node(Generic[Item]):
         last_time: the clock at the last use or unlock.
         steps: turns of others until this text is expected to go on; `None` where nothing is known.
         alive: whether the tree still has the node.
+        namespace: of a root.
     """
 
     def __init__(
@@ -49,6 +50,7 @@ class Node(Generic[Item]):
         self.start: int = 0 if parent is None else parent.end
         self.resident, self.locks, self.last_use, self.last_time = len(items), 0, 0, 0.0
         self.steps: int | None = None
+        self.namespace: Hashable = None
         self.alive = True
         self.children: dict[int, list[Node[Item]]] = {}
 

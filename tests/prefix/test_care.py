@@ -113,3 +113,14 @@ def test_figures_do_not_wait_for_another_threads_generation_and_pages_do() -> No
     done.set()
     giving.join(60)
     assert cache.get_seq_length() == 0
+
+
+def test_a_cache_of_a_layout_that_the_store_has_left_shares_nothing() -> None:
+    model, text = build("llama"), draw(60, 2)
+    cache = hf_ctxopt.make_cache(model, "ctx_prefix", store=STORE, page_size=8)
+    say(build("qwen3"), draw(60, 1), {})  # nobody used the store's pages yet: it takes another model's layout
+    for more in ([], draw(20, 3)):
+        same(say(model, text + more, **{generate_argument(): cache}), say(model, text + more))
+        cache.release()
+        store().check_integrity()
+    assert cache.stats()["prefix"]["not_reused"]
