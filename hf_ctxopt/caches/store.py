@@ -185,13 +185,21 @@ class PrefixStore:
             self._leases.remove(lease)
             self.hold(lease, [])
 
-    def collect(self) -> None:
-        """End the leases and take back the pages of caches that are gone."""
-        with self.lock:
+    def collect(self, wait: bool = True) -> None:
+        """End the leases and take back the pages of caches that are gone.
+
+        Args:
+            wait: for another thread that uses the store; otherwise it is left for later.
+        """
+        if not self.lock.acquire(blocking=wait):
+            return
+        try:
             while self._left:
                 self.end(self._left.popleft())
             for arena in self.arenas:
                 arena.collect()
+        finally:
+            self.lock.release()
 
     # ---- prefixes
 
@@ -342,8 +350,8 @@ class PrefixStore:
         return sum(arena.nbytes for arena in self.arenas)
 
     def stats(self) -> dict[str, Any]:
-        """What the store holds and has served, as plain JSON values."""
-        self.collect()
+        """What the store holds and has served, as plain JSON values. Never waits for another thread's `generate`."""
+        self.collect(wait=False)
         prompt, reused = self.counts["prompt_tokens"], self.counts["reused_tokens"]
         return {
             "name": self.name,

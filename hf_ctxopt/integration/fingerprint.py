@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import uuid
 import weakref
 from collections.abc import Iterator
 from typing import Any
@@ -15,17 +16,27 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .graph_rules import harmless
+
 _VOLATILE = ("_name_or_path", "transformers_version", "use_cache", "torch_dtype", "dtype", "architectures")
 _WIDTH = 4096
 _known: weakref.WeakKeyDictionary[nn.Module, tuple[object, str]] = weakref.WeakKeyDictionary()
-_unreadable: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
+_names: weakref.WeakKeyDictionary[object, str] = weakref.WeakKeyDictionary()
 
 
 def fingerprint(model: nn.Module) -> str:
     """A hexadecimal digest that is equal for equal models, in other processes too.
 
-    A model with weights on the meta device (offloaded by accelerate) gets one of this process only.
+    A model with weights on the meta device (offloaded by accelerate), or with hooks of others on its modules, gets one
+    of this process only. Weights that are written through `.data` look unchanged to torch and to this: `clear()` the
+    stores that have seen the model.
     """
+    hooks = _hooks(model)
+    weights = _of_weights(model)
+    return hashlib.sha256(" ".join([weights, *hooks]).encode()).hexdigest() if hooks else weights
+
+
+def _of_weights(model: nn.Module) -> str:
     marks = tuple(_mark(tensor) for _, tensor in _weights(model)) + _adapters(model)
     known = _known.get(model)
     if known is not None and known[0] == marks:
@@ -36,7 +47,7 @@ def fingerprint(model: nn.Module) -> str:
         digest.update(repr(state).encode())
     for name, tensor in _weights(model):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
-        digest.update(_content(tensor) if not tensor.is_meta else _instance(model).encode())
+        digest.update(_content(tensor) if not tensor.is_meta else _own_name(model).encode())
     found = digest.hexdigest()
     _known[model] = (marks, found)
     return found
@@ -70,6 +81,23 @@ def _adapters(model: nn.Module) -> tuple[object, ...]:
     return tuple(found)
 
 
+def _hooks(model: nn.Module) -> list[str]:
+    """Hooks that may change what a layer computes (steering vectors, say); each has a name of this process's own."""
+    return [
+        f"{name} {_own_name(hook)}"
+        for name, module in model.named_modules()
+        for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+        if not harmless(hook)
+    ]
+
+
+def _own_name(thing: object) -> str:
+    try:
+        return _names.setdefault(thing, uuid.uuid4().hex)
+    except TypeError:  # no weak reference to it, or no hash: it is never the same again
+        return uuid.uuid4().hex
+
+
 def _config(model: nn.Module) -> str:
     config: Any = getattr(model, "config", None)
     values = config.to_dict() if config is not None else {}
@@ -95,11 +123,3 @@ def _content(tensor: Tensor) -> bytes:
 def _weighted(values: Tensor) -> Tensor:
     weights = torch.arange(1, values.numel() + 1, device=values.device) * 2654435761 + 1
     return (values * weights).sum()[None]
-
-
-def _instance(model: nn.Module) -> str:
-    if model not in _unreadable:
-        import uuid
-
-        _unreadable[model] = uuid.uuid4().hex
-    return _unreadable[model]

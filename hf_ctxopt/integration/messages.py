@@ -82,12 +82,17 @@ def _end(
     try:
         part = render(tokenizer, messages[:count], **template)
     except Exception as error:  # templates are programs of others: some refuse conversations that end so
-        if count == 1:  # a system message alone, say: what follows it begins where another conversation differs
-            return _where_others_differ(tokenizer, messages, whole, template, error)
-        raise ConfigError("messages", f"the first {count}", f"what the chat template renders: {error}") from error
+        found = _where_others_differ(tokenizer, messages, count, whole, template)
+        if found is None:
+            raise ConfigError("messages", f"the first {count}", f"what the chat template renders: {error}") from error
+        return found
     same = _common(part, whole)
     # A template may close what is open at the end (a newline, an end mark): that alone may differ.
     if same < len(part) and len(part) - same > _CLOSING:
+        # Some templates (Qwen3) leave the reasoning out of every answer but the last one.
+        found = _where_others_differ(tokenizer, messages, count, whole, template)
+        if found is not None:
+            return found
         raise ConfigError(
             "messages", f"the first {count}", "a conversation whose beginning the chat template renders as it does "
             f"within the whole; they part after {same} of {len(part)} tokens",
@@ -99,14 +104,19 @@ _CLOSING = 4  # tokens that a template may add at the end of a conversation
 
 
 def _where_others_differ(
-    tokenizer: Any, messages: Sequence[Message], whole: list[int], template: Mapping[str, Any], error: Exception
-) -> int:
-    changed = [dict(message) for message in messages[:2]]
-    if len(changed) < 2 or not isinstance(changed[1].get("content"), str):
-        raise ConfigError("messages", "the first 1", f"what the chat template renders: {error}") from error
-    changed[1]["content"] = "\u241e " + changed[1]["content"]
-    other = render(tokenizer, [*changed, *messages[2:]], **template)
-    return _common(other, whole)
+    tokenizer: Any, messages: Sequence[Message], count: int, whole: list[int], template: Mapping[str, Any]
+) -> int | None:
+    """Where another text in message `count` first shows: its own header counts to the messages before it, then.
+
+    `None` if it does not show, or the message has no text.
+    """
+    following = dict(messages[count])
+    if not isinstance(following.get("content"), str):
+        return None
+    following["content"] = "\u241e " + following["content"]
+    other = render(tokenizer, [*messages[:count], following, *messages[count + 1 :]], **template)
+    same = _common(other, whole)
+    return same if same < len(whole) else None
 
 
 def _common(one: Sequence[int], other: Sequence[int]) -> int:

@@ -227,7 +227,11 @@ class RadixTree(Generic[Item]):
             if node is None:
                 break
             place = node.resident - 1
-            moved = None if away is None else away(node.items[place], node.priority(place, self.clock()))
+            try:
+                moved = None if away is None else away(node.items[place], node.priority(place, self.clock()))
+            except BaseException:
+                self._offer(node)
+                raise
             node.resident = place
             self.resident_pages -= 1
             if moved is not None:
