@@ -94,8 +94,10 @@ def _through_generate(args: argparse.Namespace, shape: Shape, floods: int, kind:
     store.check_integrity()
     stats = store.stats()
     hf_ctxopt.drop_store("trace")
-    return {"floods": floods, "kind": kind, "budget": args.mark, "hit_rate": tally.hit_rate, "store": stats,
-            "simulated": served.simulated.hit_rate, "calls": served.calls, "differing_calls": served.differing}  # fmt: skip
+    return {
+        "floods": floods, "kind": kind, "budget": args.mark, "hit_rate": tally.hit_rate, "store": stats,
+        "simulated": served.simulated.hit_rate, "calls": served.calls, "differing_calls": served.differing,
+    }  # fmt: skip
 
 
 def _sessions(tokenizer: Any, args: argparse.Namespace) -> dict[str, Any]:
