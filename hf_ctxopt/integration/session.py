@@ -32,7 +32,7 @@ class Session:
         **generation: further arguments of `generate`.
 
     Raises:
-        ConfigError: an option is out of range.
+        ConfigError: an option is out of range, or the tokenizer has no chat template.
     """
 
     def __init__(
@@ -49,6 +49,8 @@ class Session:
         **generation: Any,
     ) -> None:
         self.model, self.tokenizer = model, tokenizer
+        if not getattr(tokenizer, "chat_template", None):
+            raise ConfigError("tokenizer", type(tokenizer).__name__, "one with a chat template")
         self.priorities = dict(priorities or {})
         self.cache_config = {**(cache_config or {}), "store": store, "salt": salt}
         PrefixOptions.parse(self.cache_config)
