@@ -55,13 +55,13 @@ def feed(model: Any, cache: Any, ids: list[int], chunk: int) -> torch.Tensor:
 
 @pytest.mark.slow
 def test_a_fact_outlives_what_came_after_it(smollm2: Any) -> None:
-    """Its pages are held and it is still known; by recency alone it is gone after a quarter of the text."""
+    """Its pages are held and it is still known; by recency alone it is gone after a fifth of the text."""
     model, tokenizer = smollm2
     head = [*text(tokenizer, 40), *tokenizer(FACT).input_ids]
     question, word = tokenizer(QUESTION).input_ids, tokenizer(" marmalade").input_ids[0]
     options: dict[str, Any] = {"budget": 1024, "page_size": 16}
     nats = {}
-    for name, length, ranges in (("ranked", 8192, [[0, len(head), 90]]), ("recent", 2048, None)):
+    for name, length, ranges in (("ranked", 8192, [[0, len(head), 90]]), ("recent", 1536, None)):
         ids = [*head, *text(tokenizer, length - len(head), start=3000)]
         cache = hf_ctxopt.make_cache(model, "ctx_priority", priorities=ranges, **options)
         feed(model, cache, ids, 256)
