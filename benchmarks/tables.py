@@ -89,18 +89,18 @@ def agents(data: dict[str, Any]) -> str:
         lines.append(f"| {int(budget):,} | {cells} |")
     turns, line, salts, where = data["turns"], data["line"], data["salts"], data["environment"]
     warm, cold, settings = 1000 * turns["later_seconds"], 1000 * turns["later_cold_seconds"], data["settings"]
+    slope, apart = 1000 * line["seconds_per_token"], salts["other_salt_over_unknown"]
     lines += [
         "",
         "Hit rate of the agents' prompt tokens: 8 agents, 12 turns each in shuffled order, a system prompt of 1,024",
-        "tokens, roles of 128, 64 tokens asked and 64 answered a turn; a flood is a request of 1,024 tokens that nobody",
-        f"repeats, after every call. On SmolLM2-135M, {settings['agents']} agents with {settings['system_tokens']} shared "
-        "tokens, the first token of a later turn",
-        f"came after {warm:.0f} ms (median), without a store after {cold:.0f} ms: {turns['times_lower']:.1f} times lower. "
-        "Time against uncached tokens",
-        f"is a line of {1000 * line['seconds_per_token']:.1f} ms a token (R² {line['r_squared']:.3f}). A text that only "
-        f"another salt has takes {salts['other_salt_over_unknown']:.2f} times as long",
-        f"as one that nobody has. {where['processor']}, {where['threads']} threads of a busy machine, transformers "
-        f"{where['versions']['transformers']}.",
+        "tokens, roles of 128, 64 tokens asked and 64 answered a turn; a flood is a request of 1,024 tokens that",
+        f"nobody repeats, after every call. On SmolLM2-135M, {settings['agents']} agents with "
+        f"{settings['system_tokens']} shared tokens, the first token",
+        f"of a later turn came after {warm:.0f} ms (median), without a store after {cold:.0f} ms: "
+        f"{turns['times_lower']:.1f} times lower. Time against",
+        f"uncached tokens is a line of {slope:.1f} ms a token (R² {line['r_squared']:.3f}). A text that only another salt",
+        f"has takes {apart:.2f} times as long as one that nobody has. {where['processor']}, {where['threads']} threads "
+        f"of a busy machine,\ntransformers {where['versions']['transformers']}.",
     ]
     return "\n".join(lines)
 
