@@ -98,9 +98,9 @@ def agents(data: dict[str, Any]) -> str:
         f"{settings['system_tokens']} shared tokens, the first token",
         f"of a later turn came after {warm:.0f} ms (median), without a store after {cold:.0f} ms: "
         f"{turns['times_lower']:.1f} times lower. Time against",
-        f"uncached tokens is a line of {slope:.1f} ms a token (R² {line['r_squared']:.3f}). A text that only another salt",
-        f"has takes {apart:.2f} times as long as one that nobody has. {where['processor']}, {where['threads']} threads "
-        f"of a busy machine,\ntransformers {where['versions']['transformers']}.",
+        f"uncached tokens is a line of {slope:.1f} ms a token (R² {line['r_squared']:.3f}). A text that only",
+        f"another salt has takes {apart:.2f} times as long as one that nobody has. {where['processor']}, "
+        f"{where['threads']} threads\nof a busy machine, transformers {where['versions']['transformers']}.",
     ]
     return "\n".join(lines)
 
