@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import gc
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from transformers import TextIteratorStreamer
 
 import hf_ctxopt
 from hf_ctxopt.errors import ConfigError, CtxoptError
+from hf_ctxopt.integration import session as module
 from hf_ctxopt.integration.messages import render
 from tests.cli.tiny import tiny_model, tiny_tokenizer
 
@@ -182,20 +185,41 @@ def test_what_is_too_long_is_refused_before_anything(model: Any) -> None:
 
 
 def test_a_stream_that_is_broken_off_leaves_the_conversation_as_it_was(model: Any) -> None:
-    session = opened(model, max_new_tokens=40)
-    session.send([SYSTEM, asked("one?")])
-    before = [dict(message) for message in session.messages]
-    pieces = session.stream("tell me much")
-    next(pieces)
-    pieces.close()
+    """And the model stops: it does not go on for nobody."""
+    session = opened(model, max_new_tokens=300)
+    session.messages = [dict(SYSTEM)]
+    before, threads = [dict(SYSTEM)], threading.active_count()
+    going, closing = threading.Event(), threading.Event()
+    calls: list[int] = []
+
+    def pace(*_: Any) -> None:
+        calls.append(1)
+        if len(calls) == 20:
+            going.set()
+            closing.wait(20)
+
+    hook = model.register_forward_pre_hook(pace)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "TextIteratorStreamer", _EachToken)
+        pieces = session.stream("tell me much")
+        next(pieces)
+        assert going.wait(20)
+        threading.Timer(0.2, closing.set).start()
+        pieces.close()
+    hook.remove()
+    assert len(calls) < 30
+    assert threading.active_count() <= threads + 1  # the timer may be going
     assert session.messages == before
-    assert session.send("two?") == _long(model, [*before, asked("two?")])
+    session.max_new_tokens = 8
+    assert session.send("two?") == expected(model, [*before, asked("two?")])
 
 
-def _long(model: Any, talk: list[dict[str, Any]]) -> str:
-    ids = torch.tensor([render(TOKENIZER, talk, generate=True)])
-    out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=40, do_sample=False)
-    return str(TOKENIZER.decode(out[0, ids.shape[1] :], skip_special_tokens=True))
+class _EachToken(TextIteratorStreamer):
+    """Hands on every token at once: a random model has no words that end."""
+
+    def put(self, value: torch.Tensor) -> None:
+        """Called with the prompt, then with each token."""
+        self.on_finalized_text(f"{value.numel()} ")
 
 
 def test_what_goes_wrong_in_a_stream_reaches_its_reader(model: Any) -> None:
