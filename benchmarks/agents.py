@@ -32,7 +32,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Measures, prints the verdicts and returns what it wrote as JSON."""
     args = _parser().parse_args(argv)
     torch.set_num_threads(args.threads)
-    shape = Shape(**dict(zip(("system", "role", "user", "answer", "flood"), args.trace, strict=True)))
+    parts = dict(zip(("system", "role", "user", "answer", "flood"), args.trace, strict=True))
+    shape = Shape(agents=args.trace_agents, turns=args.trace_turns, **parts)
     curves = _curves(args, shape)
     through = [_through_generate(args, shape, floods, kind) for floods, kind in ((0, "recency"), (1, "priority"))]
     model, tokenizer = load_smollm2()
@@ -53,6 +54,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--mark", type=int, default=16384, help="the budget of the bars")
     parser.add_argument("--trace", type=int, nargs=5, default=[1024, 128, 64, 64, 1024],
                         help="tokens of system prompt, role, question, answer and one-off request")  # fmt: skip
+    parser.add_argument("--trace-agents", type=int, default=8)
+    parser.add_argument("--trace-turns", type=int, default=12)
     parser.add_argument("--agents", type=int, default=8, help="agents on SmolLM2")
     parser.add_argument("--turns", type=int, default=4, help="turns of each of them")
     parser.add_argument("--system-tokens", type=int, default=800)
