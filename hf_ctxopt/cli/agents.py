@@ -11,6 +11,7 @@ import typer
 from rich import box
 from rich.live import Live
 from rich.table import Table
+from rich.text import Text
 
 from hf_ctxopt.cli import console, options
 from hf_ctxopt.cli.bench import check_output, read
@@ -171,7 +172,7 @@ def turns_table(done: list[Turn], agents: int) -> Table:
     table = Table(box=box.SIMPLE_HEAD)
     for head in ("agent", "turn", "prompt", "reused", "hit rate", "bytes", "first token"):
         table.add_column(head, justify="right", no_wrap=True)
-    table.add_column("answer", no_wrap=True, overflow="ellipsis")
+    table.add_column("answer")
     newest = {turn.agent: turn for turn in done}
     for number in range(1, agents + 1):
         turn = newest.get(number)
@@ -181,7 +182,7 @@ def turns_table(done: list[Turn], agents: int) -> Table:
         share = f"{turn.reused_tokens / turn.prompt_tokens:.0%}"
         table.add_row(str(number), str(turn.turn), f"{turn.prompt_tokens:,}", f"{turn.reused_tokens:,}", share,
                       console.size(turn.bytes_used), f"{1000 * turn.first_token_s:.0f} ms",
-                      console.plain(turn.answer))  # fmt: skip
+                      Text(" ".join(turn.answer.split()), no_wrap=True, overflow="ellipsis"))  # fmt: skip
     return table
 
 

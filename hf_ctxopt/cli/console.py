@@ -43,11 +43,6 @@ def screen() -> Console:
     return Console()
 
 
-def plain(text: str) -> str:
-    """Returns text from elsewhere as one line that cannot be taken for markup."""
-    return escape(" ".join(text.split()))
-
-
 def write(text: str) -> None:
     """Writes model text to standard output as it is, without markup or wrapping, and flushes it."""
     typer.echo(text, nl=False)
