@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from .integration.patch import patch_model, patched, unpatch_model
     from .integration.saved import load_store, save_store
     from .integration.session import Session
+    from .weights.config import GgufQuantConfig
+    from .weights.in_memory import quantize_
 
 __version__ = "0.1.0"
 
@@ -38,6 +40,7 @@ __all__ = [
     "ConfigError",
     "CorruptFileError",
     "CtxoptError",
+    "GgufQuantConfig",
     "IntegrityError",
     "InterruptedStepError",
     "PagedCache",
@@ -53,6 +56,7 @@ __all__ = [
     "patch_model",
     "patched",
     "priorities_from_messages",
+    "quantize_",
     "register",
     "save_store",
     "stores",
@@ -61,6 +65,7 @@ __all__ = [
 ]
 
 _LAZY = {
+    "GgufQuantConfig": ".weights.config",
     "PagedCache": ".caches",
     "PrefixCache": ".caches",
     "PriorityCache": ".caches",
@@ -72,6 +77,7 @@ _LAZY = {
     "save_store": ".integration.saved",
     "stores": ".caches.stores",
     "make_cache": ".integration.build",
+    "quantize_": ".weights.in_memory",
     "patch_model": ".integration.patch",
     "patched": ".integration.patch",
     "unpatch_model": ".integration.patch",

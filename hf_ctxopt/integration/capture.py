@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
@@ -72,7 +73,7 @@ def capture(
         held_ids, held_positions = ids.clone(), positions.expand(ids.shape[0], 1).clone()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.device(ids.device), _no_collection():
-        stream, current = torch.cuda.Stream(), torch.cuda.current_stream()
+        stream, current = _side_stream(ids.device), torch.cuda.current_stream()
         stream.wait_stream(current)
         with torch.cuda.stream(stream):
             if warm:
@@ -85,6 +86,12 @@ def capture(
                 graph.capture_end()
         current.wait_stream(stream)
     return Capture(graph, held_ids, held_positions, output, key)
+
+
+@cache
+def _side_stream(device: torch.device) -> Any:
+    """One stream for all captures of a device: cuBLAS keeps a workspace for every stream that it was ever used on."""
+    return torch.cuda.Stream(device)
 
 
 @contextmanager

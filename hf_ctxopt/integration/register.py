@@ -121,12 +121,26 @@ def _remove_mask(module: ModuleType) -> None:
     module.AttentionMaskInterface._global_mapping.pop(_ATTENTION, None)
 
 
+def _add_quantizer(module: ModuleType) -> None:
+    from ..weights.config import METHOD, GgufQuantConfig
+    from ..weights.quantizer import GgufQuantizer
+
+    module.auto.AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = GgufQuantConfig
+    module.auto.AUTO_QUANTIZER_MAPPING[METHOD] = GgufQuantizer
+
+
+def _remove_quantizer(module: ModuleType) -> None:
+    for mapping in (module.auto.AUTO_QUANTIZATION_CONFIG_MAPPING, module.auto.AUTO_QUANTIZER_MAPPING):
+        mapping.pop("ctxopt_gguf", None)
+
+
 Edit = Callable[[ModuleType], None]
 _EDITS: dict[str, tuple[Edit, Edit]] = {
     "transformers.generation.configuration_utils": (_add_names, _remove_names),
     "transformers.generation.utils": (_wrap_generation, _unwrap_generation),
     "transformers.modeling_utils": (_add_attention, _remove_attention),
     "transformers.masking_utils": (_add_mask, _remove_mask),
+    "transformers.quantizers": (_add_quantizer, _remove_quantizer),
 }
 
 

@@ -100,3 +100,18 @@ def _on_its_device(kernel: Callable[..., Tensor]) -> Callable[..., Tensor]:
             return kernel(first, *args, **kwargs)
 
     return launch
+
+
+GGUF_ROWS = 16  # rows of activations that the kernels over GGUF blocks serve; more share a decoded weight
+
+
+def gguf_kernel(device: torch.device) -> Callable[[Tensor, Tensor, str], Tensor] | None:
+    """What multiplies up to `GGUF_ROWS` rows by a packed weight on `device`, see `gguf_triton.matmul`; or `None`."""
+    return None if why_not(device) is not None else _gguf_triton()
+
+
+@cache
+def _gguf_triton() -> Callable[[Tensor, Tensor, str], Tensor]:
+    from .gguf_triton import matmul
+
+    return _on_its_device(matmul)

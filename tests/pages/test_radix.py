@@ -114,7 +114,7 @@ def test_new_values_override_old_ones() -> None:
     assert tree.evict(1) == ["a"]
 
 
-@pytest.mark.parametrize(("now", "first"), [(0, "b"), (2, "b"), (5, "b"), (9, "a")])
+@pytest.mark.parametrize(("now", "first"), [(0, "b"), (2, "b"), (4.9, "b"), (5, "a"), (9, "a")])
 def test_a_priority_ends_after_its_duration(now: float, first: str) -> None:
     """The clock starts at the last use; then the priority is the default, which `b` is just above."""
     clock = Clock()

@@ -1,0 +1,60 @@
+"""What the kernels over GGUF blocks share: loads of activations, bytes of words, the reduction's store."""
+
+from __future__ import annotations
+
+import triton
+from triton import language as tl
+
+BFLOAT16, FLOAT16, FLOAT32 = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def split_pair(pair, KIND: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Two 16-bit activations of one int32 as float32: (the first, the second)."""
+    if KIND == BFLOAT16:
+        first = (pair << 16).to(tl.float32, bitcast=True)
+        second = (pair & -65536).to(tl.float32, bitcast=True)
+    else:
+        first = (pair & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+        second = ((pair >> 16) & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+    return first, second
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def load_pair(x, index, mask, KIND: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Activations 2 `index` and 2 `index` + 1 as float32; `x` points to int32 words, or to float32 values."""
+    if KIND == FLOAT32:
+        first = tl.load(x + 2 * index, mask=mask, other=0.0)
+        second = tl.load(x + 2 * index + 1, mask=mask, other=0.0)
+    else:
+        first, second = split_pair(tl.load(x + index, mask=mask, other=0), KIND)
+    return first, second
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def split_four(words, A: tl.constexpr, B: tl.constexpr):  # type: ignore[no-untyped-def]
+    """(A, B, 4) as four tensors (A, B): a thread that loaded four words at once has each in a register."""
+    even, odd = tl.split(words.reshape(A, B, 2, 2))
+    first, third = tl.split(even)
+    second, fourth = tl.split(odd)
+    return first, second, third, fourth
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def floats_of(x, word, index, mask, KIND: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Activations 4 `index` … 4 `index` + 3 as float32: from the int64 `word`, or from `x` if those are float32."""
+    if KIND == FLOAT32:
+        a = tl.load(x + 4 * index, mask=mask, other=0.0)
+        b = tl.load(x + 4 * index + 1, mask=mask, other=0.0)
+        c = tl.load(x + 4 * index + 2, mask=mask, other=0.0)
+        d = tl.load(x + 4 * index + 3, mask=mask, other=0.0)
+    else:
+        a, b = split_pair(word.to(tl.int32), KIND)
+        c, d = split_pair((word >> 32).to(tl.int32), KIND)
+    return a, b, c, d
+
+
+@triton.jit
+def half_of(word):  # type: ignore[no-untyped-def]
+    """The low 16 bits of an int as an fp16 scale, in float32."""
+    return (word & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)

@@ -1,0 +1,95 @@
+"""A linear layer and an embedding whose weight is packed in GGUF blocks."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import ConfigError
+from .blocks import block_type, packed_columns
+from .codecs import decode
+from .matmul import gguf_matmul
+
+
+class _Packed(nn.Module):
+    """What both have in common.
+
+    Args:
+        rows: of the weight.
+        columns: of the weight, a multiple of the type's block.
+        type: key of `BLOCKS`.
+        packed: `weight` is a uint8 parameter; if false it is a floating placeholder (rows, columns) that a loader
+            replaces with the packed one (transformers 5.17 would cast what it reads to the placeholder's dtype).
+    """
+
+    def __init__(self, rows: int, columns: int, type: str, packed: bool) -> None:
+        super().__init__()
+        self.block_type = block_type(type).name
+        width = packed_columns(columns, type)
+        empty = torch.empty(rows, width, dtype=torch.uint8) if packed else torch.empty(rows, columns)
+        self.weight = nn.Parameter(empty, requires_grad=False)
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The weight, (rows, columns)."""
+        return decode(self.packed(), self.block_type, dtype)
+
+    def packed(self) -> Tensor:
+        """The blocks, uint8 (rows, bytes of a row). Raises `ConfigError` while nothing is loaded."""
+        if self.weight.dtype != torch.uint8:
+            raise ConfigError("weight", str(self.weight.dtype), "blocks in uint8: nothing has been loaded")
+        return self.weight
+
+
+class GgufLinear(_Packed):
+    """`nn.Linear` with a packed weight; the bias stays as it was.
+
+    Args:
+        in_features, out_features: as of `nn.Linear`.
+        bias: whether there is one.
+        type: key of `BLOCKS`.
+        packed: see `_Packed`.
+    """
+
+    def __init__(self, in_features: int, out_features: int, bias: bool, type: str, packed: bool = True) -> None:
+        super().__init__(out_features, in_features, type, packed)
+        self.in_features, self.out_features = in_features, out_features
+        self.bias = nn.Parameter(torch.empty(out_features), requires_grad=False) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in_features) to (..., out_features), in x's dtype."""
+        out = gguf_matmul(x, self.packed(), self.block_type)
+        return out if self.bias is None else out + self.bias.to(out.dtype)
+
+    def extra_repr(self) -> str:
+        """As of `nn.Linear`, and the block type."""
+        return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, type={self.block_type}"
+
+
+class GgufEmbedding(_Packed):
+    """`nn.Embedding` with a packed weight: decodes the rows that are asked for.
+
+    Args:
+        num_embeddings, embedding_dim: as of `nn.Embedding`.
+        type: key of `BLOCKS`.
+        dtype: of the result.
+        scale: what the result is multiplied by (Gemma), rounded to `dtype` first as transformers does.
+        padding_idx: kept for whoever asks for it; its row is decoded like any other.
+        packed: see `_Packed`.
+    """
+
+    def __init__(
+        self, num_embeddings: int, embedding_dim: int, type: str, dtype: torch.dtype, scale: float | None = None,
+        padding_idx: int | None = None, packed: bool = True,
+    ) -> None:  # fmt: skip
+        super().__init__(num_embeddings, embedding_dim, type, packed)
+        self.num_embeddings, self.embedding_dim, self.padding_idx = num_embeddings, embedding_dim, padding_idx
+        self.dtype, self.scale = dtype, scale
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """(...) to (..., embedding_dim)."""
+        rows = decode(self.packed()[ids], self.block_type, self.dtype)
+        return rows if self.scale is None else rows * torch.tensor(self.scale, dtype=self.dtype).item()
+
+    def extra_repr(self) -> str:
+        """As of `nn.Embedding`, and the block type."""
+        return f"{self.num_embeddings}, {self.embedding_dim}, type={self.block_type}"

@@ -1,0 +1,27 @@
+"""The step of transformers' loader that packs a weight; apart, as its base class is loaded after the quantizers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from transformers.core_model_loading import ConversionOps
+from transformers.quantizers.quantizers_utils import get_module_from_name
+
+from .codecs import encode
+
+
+class PackOp(ConversionOps):
+    """Packs one weight; the loader hands over the tensors one by one."""
+
+    def __init__(self, hf_quantizer: Any) -> None:
+        self.hf_quantizer = hf_quantizer
+
+    def convert(  # type: ignore[override]  # 5.17 and 5.24 name different arguments; all come by keyword
+        self, input_dict: dict[str, Any], *, model: Any = None, full_layer_name: str = "", **kwargs: Any
+    ) -> dict[str, Tensor]:
+        """{pattern: weight} to {parameter: blocks}."""
+        (value,) = input_dict.values()
+        weight: Tensor = value[0] if isinstance(value, list) else value
+        module, _ = get_module_from_name(model, full_layer_name)
+        return {full_layer_name: encode(weight, module.block_type)}

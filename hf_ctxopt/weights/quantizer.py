@@ -1,0 +1,69 @@
+"""In-situ packing inside `from_pretrained`: each weight is packed as it is read."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.quantizers.base import HfQuantizer
+from transformers.quantizers.quantizers_utils import get_module_from_name
+
+from ..errors import ConfigError
+from .blocks import BLOCKS
+from .linear import GgufEmbedding, GgufLinear
+from .selection import replacement, types_of
+
+
+class GgufQuantizer(HfQuantizer):
+    """transformers' side of `GgufQuantConfig`."""
+
+    requires_calibration = False
+
+    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
+        config: Any = self.quantization_config
+        if self.pre_quantized:
+            if not config.types:
+                raise ConfigError("quantization_config.types", config.types, "the block type of each packed module")
+            unknown = sorted(set(config.types.values()) - set(BLOCKS))
+            if unknown:
+                raise ConfigError("quantization_config.types", unknown, ", ".join(BLOCKS))
+        else:
+            config.types = types_of(model, config.choice())
+        dtype = getattr(model.config, "dtype", None) or torch.get_default_dtype()
+        for name, type in config.types.items():
+            module = model.get_submodule(name)
+            with torch.device("meta"):
+                model.set_submodule(name, replacement(module, type, dtype, packed=self.pre_quantized))
+        model.config.quantization_config = config
+
+    def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
+        """Whether the loader must pack this parameter."""
+        module, name = get_module_from_name(model, param_name)
+        return isinstance(module, GgufLinear | GgufEmbedding) and name == "weight" and not self.pre_quantized
+
+    def param_element_size(self, model: Any, param_name: str, param: Tensor) -> float:
+        """Bytes per weight, for whoever plans where modules go."""
+        module, name = get_module_from_name(model, param_name)
+        if name == "weight" and isinstance(module, GgufLinear | GgufEmbedding):
+            return 1.0 if self.pre_quantized else BLOCKS[module.block_type].bits / 8
+        return float(super().param_element_size(model, param_name, param))
+
+    def get_quantize_ops(self) -> Any:
+        """What the loader calls for each such parameter."""
+        from .pack_op import PackOp
+
+        return PackOp(self)
+
+    def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
+        """`save_pretrained` writes the blocks."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Adapters on top can be trained."""
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        return True

@@ -1,0 +1,122 @@
+"""Which modules of a model are packed, and as what."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from ..errors import ConfigError
+from .blocks import BLOCKS, packed_columns
+from .linear import GgufEmbedding, GgufLinear
+from .mixes import MIXES, tensor_type
+from .sizes import shape_of
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What to pack.
+
+    Args:
+        mix: key of `MIXES`.
+        include: regular expressions; only modules whose name one of them is found in are packed. `None`: all.
+        exclude: regular expressions of modules that stay as they are.
+        overrides: regular expression -> block type, instead of the mix's; the first that is found counts.
+
+    Raises:
+        ConfigError: unknown mix or type, a pattern that does not compile.
+    """
+
+    mix: str
+    include: Sequence[str] | None = None
+    exclude: Sequence[str] | None = None
+    overrides: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.mix not in MIXES:
+            raise ConfigError("mix", self.mix, ", ".join(MIXES))
+        for name in ("include", "exclude", "overrides"):
+            patterns = getattr(self, name)
+            if patterns is None:
+                continue
+            if isinstance(patterns, str) or not all(isinstance(pattern, str) for pattern in patterns):
+                raise ConfigError(name, patterns, "a list of regular expressions")
+            for pattern in patterns:
+                try:
+                    re.compile(pattern)
+                except re.error as error:
+                    raise ConfigError(name, pattern, f"a regular expression ({error})") from error
+        for pattern, type in self.overrides.items():
+            if type not in BLOCKS:
+                raise ConfigError(f"overrides[{pattern!r}]", type, ", ".join(BLOCKS))
+
+    def wants(self, name: str) -> bool:
+        """Whether the module `name` may be packed."""
+        if self.include is not None and not any(re.search(pattern, name) for pattern in self.include):
+            return False
+        return not any(re.search(pattern, name) for pattern in self.exclude or ())
+
+    def override(self, name: str) -> str | None:
+        """The type that an override gives to `name`."""
+        return next((type for pattern, type in self.overrides.items() if re.search(pattern, name)), None)
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether a packed linear can take its place: subclasses may do more than multiply."""
+    return type(module) is nn.Linear
+
+
+def is_embedding(module: nn.Module) -> bool:
+    """Whether a packed embedding can take its place: plain ones, and Gemma's that scale what they give."""
+    return type(module) is nn.Embedding or (isinstance(module, nn.Embedding) and hasattr(module, "embed_scale"))
+
+
+def types_of(model: nn.Module, choice: Choice) -> dict[str, str]:
+    """Module name -> block type of every module that `choice` packs; a tied head gets its embedding's.
+
+    Raises:
+        ConfigError: an override's type does not fit a module's columns.
+    """
+    shape = shape_of(model.config)
+    found: dict[str, str] = {}
+    for name, module in model.named_modules():
+        if not (is_linear(module) or is_embedding(module)) or not choice.wants(name):
+            continue
+        size = tuple(module.weight.shape)
+        forced = choice.override(name)
+        if forced is not None:
+            packed_columns(size[-1], forced)
+        kind = forced or tensor_type(name, size, choice.mix, shape)
+        if kind is not None:
+            found[name] = kind
+    if shape.tied:
+        _share(model, found)
+    return found
+
+
+def _share(model: nn.Module, found: dict[str, str]) -> None:
+    names = {id(module): name for name, module in model.named_modules()}
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())  # type: ignore[operator]
+    if any(end is None for end in ends):
+        return
+    embedding, head = (names[id(end)] for end in ends)
+    if embedding in found and head in found:
+        found[head] = found[embedding]
+    else:  # one tensor: it is packed for both or for none
+        found.pop(embedding, None)
+        found.pop(head, None)
+
+
+def replacement(module: nn.Module, type: str, dtype: torch.dtype, packed: bool) -> GgufLinear | GgufEmbedding:
+    """An empty packed module in the place of `module`, on the current default device."""
+    if isinstance(module, nn.Embedding):
+        scale = getattr(module, "scalar_embed_scale", None)
+        if scale is None and hasattr(module, "embed_scale"):
+            scale = float(module.embed_scale)  # type: ignore[arg-type]
+        return GgufEmbedding(
+            module.num_embeddings, module.embedding_dim, type, dtype, scale, module.padding_idx, packed
+        )
+    return GgufLinear(module.in_features, module.out_features, module.bias is not None, type, packed)  # type: ignore[arg-type]

@@ -1,0 +1,93 @@
+"""Models packed while they are loaded and in memory, saved and loaded again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+import hf_ctxopt
+from hf_ctxopt.weights.codecs import decode, encode
+from hf_ctxopt.weights.linear import GgufEmbedding, GgufLinear
+from hf_ctxopt.weights.matmul import decoded_matmul
+
+
+def tiny(tied: bool) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=96, hidden_size=256, intermediate_size=288, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, tie_word_embeddings=tied, pad_token_id=0, eos_token_id=None,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).eval()
+
+
+IDS = torch.arange(2, 14).view(1, -1)
+
+
+def decoded_twin(model: LlamaForCausalLM, packed: torch.nn.Module) -> LlamaForCausalLM:
+    """`model` with each packed module's decoded weight."""
+    for name, module in packed.named_modules():
+        if isinstance(module, GgufLinear | GgufEmbedding):
+            model.get_submodule(name).weight.data = module.dequantize()
+    return model
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_packed_while_loaded_saved_and_loaded_again(tied: bool, tmp_path: Path) -> None:
+    dense = tiny(tied)
+    dense.save_pretrained(tmp_path / "dense")
+    config = hf_ctxopt.GgufQuantConfig("Q4_K_M", exclude=["o_proj"], overrides={"up_proj": "Q8_0"})
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", quantization_config=config)
+    layer = model.model.layers[0]
+    assert (layer.self_attn.q_proj.block_type, layer.mlp.up_proj.block_type) == ("Q4_K", "Q8_0")
+    assert type(layer.self_attn.o_proj) is torch.nn.Linear
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) is tied
+    want = encode(dense.model.layers[0].self_attn.q_proj.weight, "Q4_K")
+    assert torch.equal(layer.self_attn.q_proj.weight, want)
+    logits = model(IDS).logits
+    torch.testing.assert_close(logits, decoded_twin(dense, model)(IDS).logits, rtol=1e-4, atol=1e-4)
+    model.save_pretrained(tmp_path / "packed")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+    assert torch.equal(again(IDS).logits, logits)
+
+
+def test_in_memory_equals_in_situ(tmp_path: Path) -> None:
+    dense = tiny(True)
+    dense.save_pretrained(tmp_path / "dense")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", quantization_config=hf_ctxopt.GgufQuantConfig())
+    model = hf_ctxopt.quantize_(dense, "Q4_K_M")
+    assert torch.equal(model(IDS).logits, loaded(IDS).logits)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    model.save_pretrained(tmp_path / "packed")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
+    assert torch.equal(again(IDS).logits, model(IDS).logits)
+
+
+def test_failing_in_memory_leaves_a_dense_model() -> None:
+    model = tiny(False)
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight[0, 0] = float("nan")
+    with pytest.raises(hf_ctxopt.ConfigError, match="finite"):
+        hf_ctxopt.quantize_(model)
+    assert not any(isinstance(module, GgufLinear | GgufEmbedding) for module in model.modules())
+    assert model.model.layers[0].self_attn.q_proj.weight.shape == (256, 256)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"mix": "Q4_K_X"}, {"include": ["("]}, {"exclude": "o_proj"}, {"overrides": {"q_proj": "Q9"}}],
+    ids=str,
+)
+def test_bad_rules_are_refused_at_once(options: dict[str, object]) -> None:
+    with pytest.raises(hf_ctxopt.ConfigError):
+        hf_ctxopt.GgufQuantConfig(**options)
+
+
+def test_gradient_passes_a_packed_weight() -> None:
+    packed = encode(torch.randn(8, 64), "Q8_0")
+    x = torch.randn(3, 64, requires_grad=True)
+    decoded_matmul(x, packed, "Q8_0").sum().backward()
+    torch.testing.assert_close(x.grad, decode(packed, "Q8_0").sum(0).expand(3, -1))
