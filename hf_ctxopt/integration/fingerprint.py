@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from .graph_rules import harmless
 
 _VOLATILE = ("_name_or_path", "transformers_version", "use_cache", "torch_dtype", "dtype", "architectures")
-_WIDTH = 4096
+_WIDTH, _ROWS = 4096, 256  # words of a row, and rows that are mixed at once
 _known: weakref.WeakKeyDictionary[nn.Module, tuple[object, str]] = weakref.WeakKeyDictionary()
 _names: weakref.WeakKeyDictionary[object, str] = weakref.WeakKeyDictionary()
 
@@ -77,7 +77,8 @@ def _adapters(model: nn.Module) -> tuple[object, ...]:
         active, off = getattr(module, "active_adapters", None), getattr(module, "disable_adapters", None)
         if isinstance(active, list | tuple) and isinstance(off, bool):  # a method of the same name on whole models
             scaling = sorted(getattr(module, "scaling", {}).items())
-            found.append((name, tuple(active), off, tuple(scaling)))
+            merged = tuple(getattr(module, "merged_adapters", ()))
+            found.append((name, tuple(active), off, tuple(scaling), merged))
     return tuple(found)
 
 
@@ -107,19 +108,32 @@ def _config(model: nn.Module) -> str:
 
 
 def _content(tensor: Tensor) -> bytes:
-    """Sums over all bytes that change with any single one of them and with the order."""
+    """Sums over all bytes that change with any single one of them and with the order.
+
+    Words are mixed one to one before they are summed, and the sums' weights are odd, so a word's change never cancels.
+    """
     flat = tensor.detach().contiguous().flatten().view(torch.uint8)
     wide = flat[: flat.numel() // 8 * 8].view(torch.int64) if flat.numel() >= 8 else flat[:0].view(torch.int64)
     whole = wide.numel() // _WIDTH * _WIDTH
     sums = [flat[wide.numel() * 8 :].to(torch.int64)]
     if whole:
-        block = wide[:whole].view(-1, _WIDTH)
-        rows, columns = block.sum(1), block.sum(0)
-        sums += [_weighted(rows), _weighted(columns)]
-    sums.append(_weighted(wide[whole:]))
+        rows, columns = [], torch.zeros(_WIDTH, dtype=torch.int64, device=wide.device)
+        for block in wide[:whole].view(-1, _WIDTH).split(_ROWS):
+            mixed = _mixed(block)
+            rows.append(mixed.sum(1))
+            columns += mixed.sum(0)
+        sums += [_weighted(torch.cat(rows)), _weighted(columns)]
+    sums.append(_weighted(_mixed(wide[whole:])))
     return torch.cat([part.flatten().cpu() for part in sums]).numpy().tobytes()
 
 
+def _mixed(words: Tensor) -> Tensor:
+    """Words, each exchanged for another one that depends on all its bits (the finalizer of MurmurHash3, shortened)."""
+    mixed = words * -49064778989728563
+    mixed ^= (mixed >> 32) & 0xFFFFFFFF
+    return mixed.mul_(-4265267296055464877)
+
+
 def _weighted(values: Tensor) -> Tensor:
-    weights = torch.arange(1, values.numel() + 1, device=values.device) * 2654435761 + 1
+    weights = (torch.arange(values.numel(), device=values.device) * 2 + 1) * 2654435761
     return (values * weights).sum()[None]
