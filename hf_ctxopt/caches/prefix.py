@@ -95,7 +95,7 @@ class PrefixCache(PageCache):
         locked meanwhile, and looked up again.
         """
         found = [self._look(text) for text in texts]
-        if not any(slot.host for one in found for slot in one.slots):
+        if not any(slot.away for one in found for slot in one.slots):
             return [self._on_device(one) for one in found]
         self.store.hold(self.lease, [*self.lease.nodes, *(one.node for one in found)])
         for one in found:
@@ -109,16 +109,16 @@ class PrefixCache(PageCache):
 
     def _on_device(self, found: Found) -> Found:
         """The beginning of what was found that lies on the device."""
-        away = next((at for at, slot in enumerate(found.slots) if slot.host), None)
+        away = next((at for at, slot in enumerate(found.slots) if slot.away), None)
         if away is not None:
             return replace(found, slots=found.slots[:away], tail=None)
-        return found if found.tail is None or not found.tail[0].host else replace(found, tail=None)
+        return found if found.tail is None or not found.tail[0].away else replace(found, tail=None)
 
     def _bring_back(self, found: Found) -> None:
         """Move found pages from the host's memory to the device, if there is room."""
         needed = {}
         for index, group in enumerate(self.groups):
-            kinds = [slot.kind(index) for slot in found.slots if slot.host]
+            kinds = [slot.kind(index) for slot in found.slots if slot.away]
             used = group.arena.used
             needed[id(group)] = Pages(used.open + kinds.count(KINDS[0]), used.sealed + kinds.count(KINDS[1]))
         try:

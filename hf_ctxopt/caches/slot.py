@@ -27,22 +27,24 @@ class Slot:
         pages: its page in each arena; `None` where a sliding layer's was dropped, or while it lies in the host.
         host: what lies in the host's memory: (arena, layer) → the tensors of one page; empty on the device.
         kinds: per arena, the kind of page that lies there.
+        away: whether it lies in the host; there may be nothing of it left, where all layers slide.
     """
 
     pages: list[int | None]
     host: dict[tuple[int, int], list[Tensor]] = field(default_factory=dict)
     kinds: list[str | None] = field(default_factory=list)
+    away: bool = False
 
     def kind(self, arena: int) -> str | None:
         """Kind of its page in an arena, wherever it lies; `None` if it was dropped."""
-        if self.host:
+        if self.away:
             return self.kinds[arena]
         page = self.pages[arena]
         return None if page is None else kind_of(page)
 
     def content(self, arena: int, layer: int, number: int, part: Tensor) -> Tensor:
         """One tensor of its page, on the CPU; `part` is that of all pages on the device."""
-        if self.host:
+        if self.away:
             return self.host[arena, layer][number]
         page = self.pages[arena] or 0
         return part[:, page - SEALED if page >= SEALED else page].cpu()
@@ -62,6 +64,7 @@ class Slot:
                     held[index, layer] = [_copy(part[:, place]) for part in storage.kept(kind)]
         pages, self.pages = self.pages, [None] * len(arenas)
         self.host, self.kinds = held, [None if page is None else kind_of(page) for page in pages]
+        self.away = True
         for arena, page in zip(arenas, pages, strict=True):
             arena.release([] if page is None else [page])
 
@@ -81,7 +84,7 @@ class Slot:
             for arena, taken in zip(arenas, pages, strict=True):
                 arena.release([] if taken is None else [taken])
             raise
-        self.pages, self.host, self.kinds = pages, {}, []
+        self.pages, self.host, self.kinds, self.away = pages, {}, [], False
 
 
 def _copy(page: Tensor) -> Tensor:

@@ -123,7 +123,7 @@ def load(
                     store.tree.lock(match.node)
                     locked.append(match.node)
                 here = match.items[len(tokens) // store.page_size - text.count :]
-                have = next((at for at, slot in enumerate(here) if slot.host), len(here))
+                have = next((at for at, slot in enumerate(here) if slot.away), len(here))
                 new.append((text, have))
             return _take(store, found, new, groups, like)
         finally:

@@ -248,7 +248,9 @@ def warm(model: Any, cache: PrefixCache, text: list[int], chunk: int | None, pro
     size = cache.store.page_size
     goal = (len(text) - 1) // size * size
     (found,) = cache.find([text])
-    start = found.longest(cache.groups, goal) // size * size
+    start = found.longest(cache.groups, goal)
+    while start % size:  # at the page's beginning a sliding layer looks further back, where pages may be gone
+        start = found.longest(cache.groups, start // size * size)
     if start >= goal:
         return 0
     single = cache.sibling(goal)

@@ -7,6 +7,7 @@ import gc
 import threading
 import weakref
 
+import pytest
 import torch
 
 import hf_ctxopt
@@ -124,3 +125,29 @@ def test_a_cache_of_a_layout_that_the_store_has_left_shares_nothing() -> None:
         cache.release()
         store().check_integrity()
     assert cache.stats()["prefix"]["not_reused"]
+
+
+@pytest.mark.parametrize("family", ["gemma3", "mistral"])
+def test_a_begun_page_does_not_stand_for_the_window_before_it(family: str) -> None:
+    """44 tokens are found, and the sliding layers still have what the last of them sees; not what the 40th sees."""
+    model, text = build(family), draw(49, 1)
+    say(model, text, {}, max_new_tokens=1)
+    gc.collect()
+    assert store().reclaim(4)
+    assert store().stats()["dropped_pages"] >= 4
+    other = text[:44] + draw(30, 2)
+    same(say(model, other, {}), say(model, other))
+
+
+def test_pages_of_which_nothing_is_left_go_to_the_host_too() -> None:
+    """Where all layers slide, the inner pages of a text are empty."""
+    model, config = build("mistral"), {"budget": 8 * 8, "cpu_budget": "1MiB", "offload_priority": 0}
+    for seed in range(4):
+        say(model, draw(60, seed), config)
+        gc.collect()
+        store().check_integrity()
+    while store().reclaim(1):
+        store().check_integrity()
+    for seed in range(4):
+        same(say(model, draw(60, seed), config), say(model, draw(60, seed)))
+        store().check_integrity()
