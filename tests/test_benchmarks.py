@@ -16,6 +16,8 @@ import pytest
 import torch
 from transformers import DynamicCache
 
+from tests.cli.tiny import tiny_model, tiny_tokenizer
+
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 
 
@@ -205,3 +207,42 @@ def test_dense_copy_of_smollm2_reads_the_real_text(script) -> None:
     with torch.no_grad():
         logits = model(ids[:, :-1]).logits[0]
     assert measure.nll(logits, ids[0, 1:]).mean() < 4
+
+
+def test_agents(script, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = script("agents")
+    monkeypatch.setattr(module, "load_smollm2", lambda: (tiny_model(1024), tiny_tokenizer()))
+    trace = (
+        "--budgets 512 --mark 768 --trace 128 16 16 4 128 --trace-turns 4 --cycles 4 --rounds 2 --threads 1".split()
+    )
+    real = "--agents 2 --turns 2 --system-tokens 60 --new-tokens 3 --line-tokens 160 --probe-tokens 50".split()
+    module.main([*trace, *real, "--uncached", "16", "64", "--out", str(tmp_path)])
+    result = read(tmp_path, "agents")
+    for one in result["through_generate"]:
+        assert one["differing_calls"] == 0  # the store finds what the tree alone says, call by call
+        assert one["calls"] == 32 * (1 + one["floods"])
+    assert {(c["floods"], c["kind"]) for c in result["hit_rates"]} >= {(0, "recency"), (1, "priority")}
+    assert result["turns"]["all_tokens_same"]
+    assert result["salts"]["reused_tokens_across_salts"] == 0
+    assert result["sessions"]["leaked_pages"] == 0
+    assert (tmp_path / "agents.png").stat().st_size > 0
+
+
+def test_the_trace_of_the_reference_gives_its_hit_rates(script) -> None:
+    """systems.md 6(e)4 and 8(e)2: 92.5 % without floods; with one a call 73 % by recency, 92.5 % by priority."""
+    trace = script("agent_trace")
+
+    def rate(floods: int, ranked: bool) -> float:
+        served = trace.Simulated(16_384, ranked=ranked, answers=False, seed=0, vocab=256)
+        return trace.replay(served, trace.Shape(), floods=floods, seed=0, vocab=256).hit_rate
+
+    assert rate(0, False) == pytest.approx(0.925, abs=0.002)
+    assert rate(1, False) == pytest.approx(0.73, abs=0.02)
+    assert rate(1, True) == pytest.approx(0.925, abs=0.002)
+    assert rate(2, True) == pytest.approx(0.925, abs=0.002)
+
+
+def test_least_squares_against_a_known_line(script) -> None:
+    times = script("agent_times")
+    assert times.least_squares([1, 2, 3], [5, 7, 9]) == pytest.approx((2, 3, 1))
+    assert times.least_squares([0, 1, 2, 3], [0, 1, 1, 0])[2] == pytest.approx(0)

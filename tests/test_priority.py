@@ -222,6 +222,20 @@ def test_assisted_decoding_takes_back_what_it_tried() -> None:
     assert torch.equal(got, want)
 
 
+@pytest.mark.parametrize("route", ["dense", "fused"])
+def test_assisted_decoding_keeps_the_budget(route: str) -> None:
+    model = build("llama")
+    with routed(route, model, "ctx_priority", **OPTIONS):
+        named = {} if route == "fused" else {"cache_implementation": "ctx_priority", "cache_config": OPTIONS}
+        out = model.generate(TEXT[None, :60], max_new_tokens=40, do_sample=False, prompt_lookup_num_tokens=4,
+                             return_dict_in_generate=True, **named)  # fmt: skip
+    cache = cache_in(out)
+    cache.check_integrity()
+    assert cache.get_seq_length() >= 99
+    assert cache.stats()["tokens_held"] <= BUDGET + 5  # the step's own candidates
+    assert [0, 1] == [page for page, _ in cache.groups[0].rows[0].pages()][:2]
+
+
 def test_bytes_are_a_budget_too() -> None:
     model = build("llama")
     page = SIZE * 512

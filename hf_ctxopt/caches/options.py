@@ -108,6 +108,16 @@ def check_bool(field: str, value: Any) -> None:
         raise ConfigError(field, value, "True or False")
 
 
+def _check_bytes(field: str, value: Any) -> None:
+    """Raise `ConfigError` unless `value` is `None` or bytes as text."""
+    try:
+        bad = value is not None and (not isinstance(value, str) or Budget(value).nbytes is None)
+    except ConfigError:
+        bad = True
+    if bad:
+        raise ConfigError(field, value, 'None, or bytes as text such as "4GiB"')
+
+
 def _parts(value: Any) -> list[Any]:
     """The values of `{"k": ..., "v": ...}`, else the value itself."""
     return list(value.values()) if isinstance(value, Mapping) and set(value) == {"k", "v"} else [value]
@@ -230,9 +240,7 @@ class PrefixOptions(PageOptions):
             raise ConfigError("salt", self.salt, "a string")
         if self.steps_to_next is not None:
             check_int("steps_to_next", self.steps_to_next, 0)
-        if self.cpu_budget is not None and (not isinstance(self.cpu_budget, str)):
-            raise ConfigError("cpu_budget", self.cpu_budget, 'None, or bytes as text such as "4GiB"')
-        Budget(self.cpu_budget)
+        _check_bytes("cpu_budget", self.cpu_budget)
         check_priority("offload_priority", self.offload_priority)
         retention = Retention.parse(self.priorities, self.decode_priority, self.decode_duration)
         object.__setattr__(self, "_retention", retention)

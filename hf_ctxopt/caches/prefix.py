@@ -6,9 +6,12 @@ Source: RadixAttention (Zheng et al. 2023, arXiv 2312.07104), range priorities a
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Hashable, Sequence
 from dataclasses import replace
 from typing import Any
+
+from torch import LongTensor, Tensor
 
 from ..errors import CacheFullError
 from ..pages.admission import make_room
@@ -40,6 +43,8 @@ class PrefixCache(PageCache):
 
     Attributes:
         namespace: model and salt, whose texts are found; `None` until the first prompt.
+        kept: the caller passed the cache to `generate`, which then does not empty it.
+        texts: token ids of each row, padding excluded; the first ones are held. `None` where they are unknown.
     """
 
     name = "ctx_prefix"
@@ -53,6 +58,8 @@ class PrefixCache(PageCache):
     ) -> None:  # fmt: skip
         self.config, self.place = config, place
         self.namespace: Hashable = None
+        self.texts: list[list[int]] | None = None
+        self.kept = False
         self.store = store if store is not None else store_named(getattr(options, "store", None))
         super().__init__(config, options, **rest)
         self.lease = self.store.lease(self)
@@ -81,26 +88,44 @@ class PrefixCache(PageCache):
 
     # ---- reuse
 
-    def find(self, tokens: Sequence[int]) -> Found:
-        """What the store has of a row's text. Begun pages count where they are not quantized."""
-        found = self.store.find(self.namespace, tokens, partial=all(group.codecs is None for group in self.groups))
-        if found.tail is not None and found.tail[0].host:
-            found = replace(found, tail=None)
-        away = next((at for at, slot in enumerate(found.slots) if slot.host), None)
-        if away is None:
-            return found
-        self.store.hold(self.lease, [*self.lease.nodes, found.node])
+    def find(self, texts: Sequence[Sequence[int]]) -> list[Found]:
+        """What the store has of each row's text. Begun pages count where they are not quantized.
+
+        Pages in the host's memory come back. That may push out what was found for another row, so everything found is
+        locked meanwhile, and looked up again.
+        """
+        found = [self._look(text) for text in texts]
+        if not any(slot.away for one in found for slot in one.slots):
+            return [self._on_device(one) for one in found]
+        self.store.hold(self.lease, [*self.lease.nodes, *(one.node for one in found)])
+        for one in found:
+            self._bring_back(one)
+        found = [self._on_device(self._look(text)) for text in texts]
+        self.store.hold(self.lease, [one.node for one in found])
+        return found
+
+    def _look(self, text: Sequence[int]) -> Found:
+        return self.store.find(self.namespace, text, partial=all(group.codecs is None for group in self.groups))
+
+    def _on_device(self, found: Found) -> Found:
+        """The beginning of what was found that lies on the device."""
+        away = next((at for at, slot in enumerate(found.slots) if slot.away), None)
+        if away is not None:
+            return replace(found, slots=found.slots[:away], tail=None)
+        return found if found.tail is None or not found.tail[0].away else replace(found, tail=None)
+
+    def _bring_back(self, found: Found) -> None:
+        """Move found pages from the host's memory to the device, if there is room."""
         needed = {}
         for index, group in enumerate(self.groups):
-            kinds = [slot.kind(index) for slot in found.slots[away:] if slot.host]
+            kinds = [slot.kind(index) for slot in found.slots if slot.away]
             used = group.arena.used
             needed[id(group)] = Pages(used.open + kinds.count(KINDS[0]), used.sealed + kinds.count(KINDS[1]))
         try:
             make_room(self.groups, needed, 1)
         except CacheFullError:
-            return replace(found, slots=found.slots[:away], tail=None)
+            return
         self.store.bring_back(found)
-        return found
 
     def adopt(self, found: Sequence[Found], seen: int) -> bool:
         """Begin with `seen` columns whose pages the store has.
@@ -129,7 +154,10 @@ class PrefixCache(PageCache):
                 }
                 make_room(self.groups, needed, len(found))
         except CacheFullError:
-            self.release()
+            for group in self.groups:  # the padding stays known
+                group.release(list(group.table.listed()))
+                group.rows = []
+            self.store.hold(self.lease, [])
             return False
         for group in self.groups:
             for row in group.rows:
@@ -172,6 +200,38 @@ class PrefixCache(PageCache):
             found.append(pages)
         return found
 
+    def continues(self, namespace: Hashable, texts: Sequence[Sequence[int]]) -> bool:
+        """Whether the tokens held are known to be those that `texts`, one for each row, begin with."""
+        rows = self.groups[0].rows
+        if self.texts is None or self.namespace != namespace or not len(rows) == len(texts) == len(self.texts):
+            return False
+        return all(
+            row.length <= min(len(own), len(text)) and list(own[: row.length]) == list(text[: row.length])
+            for row, own, text in zip(rows, self.texts, texts, strict=True)
+        )
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """See `PageCache.crop`."""
+        super().crop(tokens_to_remove)
+        if self.texts is not None:
+            rows = self.groups[0].rows
+            self.texts = [text[: row.length] for text, row in zip(self.texts, rows, strict=False)]
+
+    def reorder_cache(self, beam_idx: LongTensor) -> None:
+        """See `PageLayer.reorder_cache`."""
+        self.texts = None
+        super().reorder_cache(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """See `PageLayer.batch_repeat_interleave`."""
+        self.texts = None
+        super().batch_repeat_interleave(repeats)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """See `PageLayer.batch_select_indices`."""
+        self.texts = None
+        super().batch_select_indices(indices)
+
     def sibling(self, expected: int) -> PrefixCache:
         """An empty cache for one row of the same model over the same store."""
         twin = PrefixCache(self.config, self.options, place=self.place, expected=expected, store=self.store)
@@ -188,12 +248,30 @@ class PrefixCache(PageCache):
 
     def release(self) -> None:
         """Give the pages back to the store; the cache is empty then."""
-        for group in self.groups:
-            group.reset()
-        self.context.forget_graph()
-        self.context.decoders.clear()
-        self.store.end(self.lease)
-        self.lease = self.store.lease(self)
+        with self.store.lock:
+            for group in self.groups:
+                group.reset()
+            self.context.forget_graph()
+            self.context.decoders.clear()
+            self.store.hold(self.lease, [])
+
+    def reset(self) -> None:
+        """See `release`."""
+        self.release()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PrefixCache:
+        """A copy over the same store, whose rows list the same pages."""
+        twin: PrefixCache = object.__new__(type(self))
+        memo[id(self)] = twin
+        for shared in (self.store, self.store.budget, self.config):
+            memo[id(shared)] = shared
+        with self.store.lock:
+            for name, value in vars(self).items():
+                if name != "lease":
+                    setattr(twin, name, copy.deepcopy(value, memo))
+            twin.lease = self.store.lease(twin)
+            self.store.hold(twin.lease, self.lease.nodes)
+        return twin
 
     def stats(self) -> dict[str, Any]:
         """What the cache holds and how it was read, with the store's figures."""

@@ -185,13 +185,21 @@ class PrefixStore:
             self._leases.remove(lease)
             self.hold(lease, [])
 
-    def collect(self) -> None:
-        """End the leases and take back the pages of caches that are gone."""
-        with self.lock:
+    def collect(self, wait: bool = True) -> None:
+        """End the leases and take back the pages of caches that are gone.
+
+        Args:
+            wait: for another thread that uses the store; otherwise it is left for later.
+        """
+        if not self.lock.acquire(blocking=wait):
+            return
+        try:
             while self._left:
                 self.end(self._left.popleft())
             for arena in self.arenas:
                 arena.collect()
+        finally:
+            self.lock.release()
 
     # ---- prefixes
 
@@ -239,9 +247,9 @@ class PrefixStore:
 
     def _merge(self, old: Slot, new: Slot) -> Slot:
         """Pages of sliding layers that were dropped since come back, and those that were sent away."""
-        if old.host:
+        if old.away:
             self.host_bytes -= old.host_bytes
-            old.host, old.kinds = {}, []
+            old.host, old.kinds, old.away = {}, [], False
         for index, page in enumerate(new.pages):
             if old.pages[index] is None and page is not None:
                 old.pages[index] = page
@@ -261,7 +269,7 @@ class PrefixStore:
         before = self.tree.resident_pages
         gone = self.tree.evict(pages, self._away if self.host_budget.nbytes is not None else None)
         self._forget(gone)
-        self.counts["evicted_pages"] += sum(1 for slot in gone if not slot.host)
+        self.counts["evicted_pages"] += sum(1 for slot in gone if not slot.away)
         return self.tree.resident_pages < before
 
     def _away(self, slot: Slot, priority: int) -> Slot | None:
@@ -287,7 +295,7 @@ class PrefixStore:
     def bring_back(self, found: Found) -> None:
         """Move what lies in the host's memory to the device; the caller has made room and locked the node."""
         for slot in found.slots:
-            if slot.host:
+            if slot.away:
                 self.host_bytes -= slot.host_bytes
                 slot.bring_back(self.arenas)
                 self.counts["brought_back_pages"] += 1
@@ -342,8 +350,8 @@ class PrefixStore:
         return sum(arena.nbytes for arena in self.arenas)
 
     def stats(self) -> dict[str, Any]:
-        """What the store holds and has served, as plain JSON values."""
-        self.collect()
+        """What the store holds and has served, as plain JSON values. Never waits for another thread's `generate`."""
+        self.collect(wait=False)
         prompt, reused = self.counts["prompt_tokens"], self.counts["reused_tokens"]
         return {
             "name": self.name,
@@ -380,7 +388,7 @@ class PrefixStore:
             if self.host_bytes != sum(slot.host_bytes for slot in slots):
                 raise IntegrityError(f"{self.host_bytes} bytes in the host are counted wrongly")
             for node in self.tree.walk():
-                if [bool(slot.host) for slot in node.items] != [at >= node.resident for at in range(len(node.items))]:
+                if [slot.away for slot in node.items] != [at >= node.resident for at in range(len(node.items))]:
                     raise IntegrityError(f"the node at {node.start} does not know which of its pages are away")
 
     def __repr__(self) -> str:

@@ -6,7 +6,7 @@ refused before memory is taken.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,12 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import CacheFullError, CorruptFileError
+from ..errors import CacheFullError, ConfigError, CorruptFileError
 from ..pages.admission import make_room
 from ..pages.group import LayerGroup
 from ..pages.plan import Pages
+from ..pages.radix import Node
 from ..pages.snapshot import Stored, read, write
 from ..pages.storage import LayerStorage
+from ..policies.priority import check_duration, check_priority
 from .slot import KINDS, Slot
 from .store import PrefixStore
 
@@ -65,14 +67,24 @@ def save(store: PrefixStore, path: str | Path) -> int:
 
 @dataclass(frozen=True)
 class _Text:
-    """One node of a file: all tokens up to its end, and which of the file's pages are its own."""
+    """One node of a file: its own tokens behind those of `parent`, and which of the file's pages are its own."""
 
+    parent: _Text | None
     namespace: tuple[tuple[str, str], ...]
-    tokens: list[int]
+    own: list[int]
     first: int
     count: int
     priorities: list[int]
     durations: list[float | None]
+
+    @property
+    def tokens(self) -> list[int]:
+        """All tokens up to its end; made anew, because together those of a long chain would be its square."""
+        parts, node = [self.own], self.parent
+        while node is not None:
+            parts.append(node.own)
+            node = node.parent
+        return [token for part in reversed(parts) for token in part]
 
 
 def load(
@@ -97,29 +109,50 @@ def load(
         store.collect()
         try:
             texts = list(_texts(found, store, fingerprint))
+            _check_kinds(found, store)
             _check_tensors(found, store)
         except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
             raise CorruptFileError(str(path), str(error) or type(error).__name__) from error
-        new: list[tuple[_Text, int]] = []
-        for text in texts:
-            have = len(store.tree.match(text.namespace, text.tokens).items)
-            new.append((text, max(0, have - (len(text.tokens) // store.page_size - text.count))))
-        wanted = [at for text, have in new for at in range(text.first + have, text.first + text.count)]
-        kinds = found.body["kinds"]
-        needed = {}
-        for index, group in enumerate(groups):
-            counts = [sum(kinds[index][at] == kind for at in wanted) for kind in KINDS]
-            used = group.arena.used
-            needed[id(group)] = Pages(used.open + counts[0], used.sealed + counts[1])
-            if not _affordable(group, found.body["shapes"], index, needed[id(group)]):
-                raise CorruptFileError(str(path), "its pages are more than the store's budget allows")
-        _make_storages(groups, found.body["shapes"], like)
-        try:
-            make_room(groups, needed, 1)
-        except CacheFullError as error:
-            raise CorruptFileError(str(path), f"its pages are more than the store's budget allows: {error}") from error
-        _insert(store, found, new, dict(zip(wanted, _filled(store, found, wanted), strict=True)))
-        return len(wanted)
+        locked: list[Node[Slot]] = []
+        try:  # what the store has already must not go to make room for the rest
+            new: list[tuple[_Text, int]] = []
+            for text in texts:
+                tokens = text.tokens
+                match = store.tree.match(text.namespace, tokens)
+                if match.items:
+                    store.tree.lock(match.node)
+                    locked.append(match.node)
+                here = match.items[len(tokens) // store.page_size - text.count :]
+                have = next((at for at, slot in enumerate(here) if slot.away), len(here))
+                new.append((text, have))
+            return _take(store, found, new, groups, like)
+        finally:
+            for node in locked:
+                store.tree.unlock(node)
+
+
+def _take(
+    store: PrefixStore, found: Stored, new: list[tuple[_Text, int]], groups: Sequence[LayerGroup],
+    like: Callable[[int], Tensor],
+) -> int:  # fmt: skip
+    """Make room for the pages that the store lacks, and take them; `new` says how many of each text's it has."""
+    wanted = [at for text, have in new for at in range(text.first + have, text.first + text.count)]
+    kinds = found.body["kinds"]
+    needed = {}
+    for index, group in enumerate(groups):
+        counts = [sum(kinds[index][at] == kind for at in wanted) for kind in KINDS]
+        used = group.arena.used
+        needed[id(group)] = Pages(used.open + counts[0], used.sealed + counts[1])
+        if not _affordable(group, found.body["shapes"], index, needed[id(group)]):
+            raise CorruptFileError(str(found.path), "its pages are more than the store's budget allows")
+    _make_storages(groups, found.body["shapes"], like)
+    try:
+        make_room(groups, needed, 1)
+    except CacheFullError as error:
+        reason = f"its pages are more than the store's budget allows: {error}"
+        raise CorruptFileError(str(found.path), reason) from error
+    _insert(store, found, new, dict(zip(wanted, _filled(store, found, wanted), strict=True)))
+    return len(wanted)
 
 
 def _texts(found: Stored, store: PrefixStore, fingerprint: str) -> Iterator[_Text]:
@@ -138,23 +171,46 @@ def _texts(found: Stored, store: PrefixStore, fingerprint: str) -> Iterator[_Tex
         raise ValueError("made with other layer groups")
     with found.tensors() as file:
         tokens: list[int] = file.get_tensor("tokens").tolist()
-    ends: list[list[int]] = []
+    read: list[_Text] = []
     first, ours = 0, 0
     for at, node in enumerate(nodes):
         parent, count = node["parent"], node["pages"]
-        if not -1 <= parent < at or count < 1 or len(node["priorities"]) != count != 0 != len(node["durations"]):
+        if not -1 <= parent < at or count < 1:
             raise ValueError(f"node {at} does not hang on an earlier one")
-        if any(not 0 <= value <= 100 for value in node["priorities"]):
-            raise ValueError(f"node {at} has a priority out of range")
-        before = ends[parent] if parent >= 0 else []
-        ends.append(before + tokens[first * size : (first + count) * size])
+        _check_worth(at, count, node["priorities"], node["durations"])
         namespace = tuple((str(key), str(value)) for key, value in node["namespace"])
+        before = read[parent] if parent >= 0 else None
+        if before is not None and before.namespace != namespace:
+            raise ValueError(f"node {at} is of another namespace than the one it hangs on")
+        own = tokens[first * size : (first + count) * size]
+        read.append(_Text(before, namespace, own, first, count, node["priorities"], node["durations"]))
         if dict(namespace).get("model") == fingerprint:
             ours += 1
-            yield _Text(namespace, ends[at], first, count, node["priorities"], node["durations"])
+            yield read[at]
         first += count
     if nodes and not ours:
         raise ValueError("saved with another model (its fingerprint differs)")
+
+
+def _check_worth(at: int, count: int, priorities: list[Any], durations: list[Any]) -> None:
+    """One priority and one duration for each page of a node."""
+    if len(priorities) != count or len(durations) != count:
+        raise ValueError(f"node {at} has {len(priorities)} priorities and {len(durations)} durations")
+    try:
+        for priority, duration in zip(priorities, durations, strict=True):
+            check_priority("priority", priority)
+            check_duration("duration", duration)
+    except ConfigError as error:
+        raise ValueError(f"node {at}: {error}") from error
+
+
+def _check_kinds(found: Stored, store: PrefixStore) -> None:
+    """Every page is of a kind that its arena has; full-attention layers have them all."""
+    both = zip(store.arenas, store.horizons, found.body["kinds"], strict=True)
+    for arena, horizon, kinds in both:
+        allowed = {KINDS[0]} | ({KINDS[1]} if arena.codecs is not None else set()) | ({"-"} if horizon else set())
+        if not set(kinds) <= allowed:
+            raise ValueError(f"pages of the kinds {sorted(set(kinds) - allowed)}")
 
 
 def _check_tensors(found: Stored, store: PrefixStore) -> None:
@@ -205,8 +261,17 @@ def _make_storages(groups: Sequence[LayerGroup], shapes: dict[str, list[int]], l
 
 def _filled(store: PrefixStore, found: Stored, wanted: list[int]) -> list[Slot]:
     """Slots with pages of the store, filled from the file; each page has one reference, the caller's."""
-    kinds = found.body["kinds"]
     slots = [Slot([None] * len(store.arenas)) for _ in wanted]
+    try:
+        _fill(store, found, wanted, slots)
+    except BaseException:
+        _give_back(store, slots)
+        raise
+    return slots
+
+
+def _fill(store: PrefixStore, found: Stored, wanted: list[int], slots: list[Slot]) -> None:
+    kinds = found.body["kinds"]
     with found.tensors() as file:
         for index, arena in enumerate(store.arenas):
             for kind, pool in zip(KINDS, (arena.pool, arena.sealed), strict=True):
@@ -214,28 +279,35 @@ def _filled(store: PrefixStore, found: Stored, wanted: list[int]) -> list[Slot]:
                 if not chosen:
                     continue
                 pages = pool.take(len(chosen), leave_room=False)
-                ranks = [kinds[index][:at].count(kind) for _, at in chosen]
+                rank = {at: n for n, at in enumerate(at for at, one in enumerate(kinds[index]) if one == kind)}
+                ranks = [rank[at] for _, at in chosen]
                 for (slot, _), page in zip(chosen, pages, strict=True):
                     slot.pages[index] = page
                 for layer, storage in arena.storages.items():
                     for number, part in enumerate(storage.kept(kind)):
                         stored = file.get_tensor(f"{index}.{layer}.{kind}.{number}")[:, ranks]
                         part[:, [page - pool.first for page in pages]] = stored.to(part.device, part.dtype)
-    return slots
 
 
 def _insert(store: PrefixStore, found: Stored, new: list[tuple[_Text, int]], slots: dict[int, Slot]) -> None:
-    for text, have in new:
-        if have == text.count:
-            continue
-        before = store.tree.match(text.namespace, text.tokens).items
-        own = [slots[at] for at in range(text.first + have, text.first + text.count)]
-        known = len(before) - (len(text.tokens) // store.page_size - text.count)
-        pages = [slot.pages for slot in [*before, *own[known - have :]]]
-        quiet: list[None] = [None] * (len(pages) - text.count)
-        store.keep(text.namespace, text.tokens, pages, [*quiet, *text.priorities],
-                   [*quiet, *text.durations])  # fmt: skip
-    for slot in slots.values():
+    try:
+        for text, have in new:
+            if have == text.count:
+                continue
+            tokens = text.tokens
+            known = len(tokens) // store.page_size - text.count + have
+            before = store.tree.match(text.namespace, tokens[: known * store.page_size]).items
+            own = [slots[at] for at in range(text.first + have, text.first + text.count)]
+            pages = [slot.pages for slot in [*before, *own]]
+            quiet: list[None] = [None] * (len(pages) - text.count)
+            store.keep(text.namespace, tokens, pages, [*quiet, *text.priorities], [*quiet, *text.durations])
+    finally:
+        _give_back(store, slots.values())
+
+
+def _give_back(store: PrefixStore, slots: Iterable[Slot]) -> None:
+    """Release the caller's reference of every page."""
+    for slot in slots:
         for arena, page in zip(store.arenas, slot.pages, strict=True):
             if page is not None:
                 arena.release([page])

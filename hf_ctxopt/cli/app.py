@@ -8,7 +8,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from hf_ctxopt.cli import bench, chat, console, env, plan, run
+from hf_ctxopt.cli import agents, bench, chat, console, env, plan, run
 from hf_ctxopt.errors import CtxoptError
 
 EXIT_USAGE = 2
@@ -51,6 +51,7 @@ app = typer.Typer(
 )
 app.command(name="run")(run.run)
 app.command(name="chat")(chat.chat)
+app.command(name="agents")(agents.agents)
 app.command(name="bench")(bench.bench)
 app.command(name="env")(env.env)
 app.command(name="plan")(plan.plan)

@@ -38,6 +38,11 @@ def table(content: Table) -> None:
     Console().print(content)
 
 
+def screen() -> Console:
+    """Returns a console on standard output, for what is drawn there live."""
+    return Console()
+
+
 def write(text: str) -> None:
     """Writes model text to standard output as it is, without markup or wrapping, and flushes it."""
     typer.echo(text, nl=False)

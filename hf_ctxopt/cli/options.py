@@ -77,7 +77,7 @@ def cache_choice(
         raise ConfigError("cache", name, "one of " + ", ".join(known))
     bits = None if kv_bits is None else parse_bits(kv_bits)
     given = {
-        "window": window, "sinks": sinks, "budget": _budget(budget), "page_size": page_size, "kv_bits": bits,
+        "window": window, "sinks": sinks, "budget": parse_budget(budget), "page_size": page_size, "kv_bits": bits,
     }  # fmt: skip
     options = {key: value for key, value in given.items() if value is not None}
     for key, value in options.items():
@@ -106,7 +106,7 @@ def _options_type(name: str) -> type[PageOptions]:
     return CACHES[name].options_type
 
 
-def _budget(text: str | None) -> int | str | None:
+def parse_budget(text: str | None) -> int | str | None:
     """Returns a bare number as tokens, anything else as it is (bytes with a unit)."""
     return int(text) if text is not None and text.isdecimal() else text
 

@@ -1,4 +1,4 @@
-"""What `run`, `chat` and `bench` share while a model generates: text out, bars, Ctrl-C, and figures of the cache."""
+"""What `run`, `chat`, `agents` and `bench` share while a model generates: text out, bars, Ctrl-C, figures."""
 
 from __future__ import annotations
 
@@ -145,3 +145,19 @@ class Interrupt(StoppingCriteria):
             yield
         finally:
             signal.signal(signal.SIGINT, before)
+
+
+class FirstToken(StoppingCriteria):
+    """Among the stopping criteria, which are asked after every token: takes the time to the first one, never stops."""
+
+    def __init__(self) -> None:
+        self.start()
+
+    def start(self) -> None:
+        """Begins to count."""
+        self._begin, self.seconds = time.perf_counter(), 0.0
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.BoolTensor:
+        """Returns one flag per row of `input_ids` `(batch, seq)`: go on."""
+        self.seconds = self.seconds or time.perf_counter() - self._begin
+        return torch.zeros(input_ids.shape[0], device=input_ids.device, dtype=torch.bool)  # type: ignore[return-value]

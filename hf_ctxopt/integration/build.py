@@ -179,10 +179,15 @@ def _span(text: Any, options: Evicting) -> int | None:
     """Positions of an era. Rotary types that rescale with length must never see their trained length exceeded."""
     size = options.most_tokens or _ERA // 2
     span = max(_ERA, 2 * size)
-    limits = [limit for kind, limit in _rope_limits(text) if kind in _LENGTH_SCALED]
-    if not limits:
+    limit = length_limit(text)
+    if limit is None:
         return span
-    return min(span, *limits) if size < min(limits) else None
+    return min(span, limit) if size < limit else None
+
+
+def length_limit(text: Any) -> int | None:
+    """Longest text whose keys are rotated as those of any shorter one; `None` where length changes nothing."""
+    return min((limit for kind, limit in _rope_limits(text) if kind in _LENGTH_SCALED), default=None)
 
 
 def _rope_limits(text: Any) -> list[tuple[str, int]]:

@@ -12,6 +12,7 @@ from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 from ..caches import CACHES
 from ..caches.base import PageCache
 from ..caches.options import PageOptions
+from ..caches.prefix import PrefixCache
 from ..errors import ConfigError, UnsupportedModelError
 from .build import Evicting, attention_cache, build_cache, check_holes, parse_options
 from .chunking import chunk_size
@@ -98,6 +99,8 @@ def _continue(model: Any, given: Any, generation_config: Any, model_kwargs: dict
     if cache is None:
         return
     cache.settle()
+    if isinstance(cache, PrefixCache):
+        cache.kept = True
     cache.context.forget_graph()  # adapters, hooks or weights may have changed between the calls
     mask = model_kwargs.get("decoder_attention_mask" if model.config.is_encoder_decoder else "attention_mask")
     check_holes(cache, mask, expected)

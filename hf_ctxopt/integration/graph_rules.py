@@ -119,12 +119,12 @@ def refusal(model: nn.Module) -> str | None:
     for name, module in model.named_modules():
         hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
         moves = getattr(module, "_hf_hook", None)
-        if not all(map(_harmless, hooks)) or not _stays(moves, devices):
+        if not all(map(harmless, hooks)) or not _stays(moves, devices):
             return f"a hook on {name or type(model).__name__}"
     return None
 
 
-def _harmless(hook: Any) -> bool:
+def harmless(hook: Any) -> bool:
     """Our own hook, or one of those that transformers leaves behind and that wait for somebody to ask for outputs."""
     return hook is rebase_positions or getattr(hook, "__module__", None) == OUTPUT_HOOKS
 

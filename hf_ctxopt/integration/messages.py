@@ -56,12 +56,13 @@ def message_spans(tokenizer: Any, messages: Sequence[Message], **template: Any) 
     """Tokens `[start, end)` of each message; together they are all tokens of the rendered conversation.
 
     Raises:
-        ConfigError: the template does not render the beginning of a conversation as it begins the whole.
+        ConfigError: the template does not render the beginning of a conversation as it begins the whole, and not only
+            because the last message looks otherwise than one that others follow.
     """
     whole = render(tokenizer, messages, **template)
     spans, start = [], 0
     for count in range(1, len(messages) + 1):
-        end = len(whole) if count == len(messages) else _end(tokenizer, messages, count, whole, template)
+        end = len(whole) if count == len(messages) else _end(tokenizer, messages, count, start, whole, template)
         spans.append((start, max(start, end)))
         start = max(start, end)
     return spans
@@ -76,37 +77,57 @@ def render(tokenizer: Any, messages: Sequence[Message], generate: bool = False, 
 
 
 def _end(
-    tokenizer: Any, messages: Sequence[Message], count: int, whole: list[int], template: Mapping[str, Any]
+    tokenizer: Any, messages: Sequence[Message], count: int, start: int, whole: list[int], template: Mapping[str, Any]
 ) -> int:
-    """Where the first `count` messages end in the whole."""
+    """Where the first `count` messages end in the whole; the last of them begins at `start`."""
     try:
         part = render(tokenizer, messages[:count], **template)
     except Exception as error:  # templates are programs of others: some refuse conversations that end so
-        if count == 1:  # a system message alone, say: what follows it begins where another conversation differs
-            return _where_others_differ(tokenizer, messages, whole, template, error)
-        raise ConfigError("messages", f"the first {count}", f"what the chat template renders: {error}") from error
+        return _until_next(tokenizer, messages, count, whole, template, str(error))
     same = _common(part, whole)
     # A template may close what is open at the end (a newline, an end mark): that alone may differ.
-    if same < len(part) and len(part) - same > _CLOSING:
-        raise ConfigError(
-            "messages", f"the first {count}", "a conversation whose beginning the chat template renders as it does "
-            f"within the whole; they part after {same} of {len(part)} tokens",
-        )  # fmt: skip
-    return same
+    if len(part) - same <= _CLOSING and not (count == 1 and _elsewhere(tokenizer, messages, same, whole, template)):
+        return same
+    why = f"within the whole it parts after {same} of {len(part)} tokens"
+    if same < start:
+        raise _refused(count, why)
+    return _until_next(tokenizer, messages, count, whole, template, why)  # only what comes last looks otherwise
 
 
 _CLOSING = 4  # tokens that a template may add at the end of a conversation
+_MARK = "\u241e "
 
 
-def _where_others_differ(
-    tokenizer: Any, messages: Sequence[Message], whole: list[int], template: Mapping[str, Any], error: Exception
+def _elsewhere(
+    tokenizer: Any, messages: Sequence[Message], end: int, whole: list[int], template: Mapping[str, Any]
+) -> bool:
+    """Whether the first message stands behind its own end: some templates put a system text into the next message."""
+    other = _changed(tokenizer, messages, 0, template)
+    return other is not None and _common(other, whole) >= end
+
+
+def _until_next(
+    tokenizer: Any, messages: Sequence[Message], count: int, whole: list[int], template: Mapping[str, Any], why: str
 ) -> int:
-    changed = [dict(message) for message in messages[:2]]
-    if len(changed) < 2 or not isinstance(changed[1].get("content"), str):
-        raise ConfigError("messages", "the first 1", f"what the chat template renders: {error}") from error
-    changed[1]["content"] = "\u241e " + changed[1]["content"]
-    other = render(tokenizer, [*changed, *messages[2:]], **template)
+    """Where the text of the next message begins: where another text would part from the whole."""
+    other = _changed(tokenizer, messages, count, template)
+    if other is None:
+        raise _refused(count, why)
     return _common(other, whole)
+
+
+def _changed(tokenizer: Any, messages: Sequence[Message], at: int, template: Mapping[str, Any]) -> list[int] | None:
+    """The conversation with another text in one message; `None` where that has none."""
+    content = messages[at].get("content")
+    if not isinstance(content, str):
+        return None
+    return render(tokenizer, [*messages[:at], {**messages[at], "content": _MARK + content}, *messages[at + 1 :]],
+                  **template)  # fmt: skip
+
+
+def _refused(count: int, why: str) -> ConfigError:
+    allowed = f"a conversation whose beginning the chat template renders as it does within the whole ({why})"
+    return ConfigError("messages", f"the first {count}", allowed)
 
 
 def _common(one: Sequence[int], other: Sequence[int]) -> int:

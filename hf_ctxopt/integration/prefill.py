@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..caches.layer import PageLayer
 from ..caches.prefix import PrefixCache
 from ..caches.store import Found
-from .build import attention_cache
+from .build import attention_cache, length_limit
 from .chunking import chunk_size
 from .compat import cache_argument, cache_in, generate_argument
 from .fingerprint import fingerprint
@@ -66,7 +67,7 @@ def wrap_decoding(original: Method) -> Method:
             returned = not isinstance(result, Tensor)
             if original.__name__ == "_sample" and cache.namespace is not None:
                 _keep_generated(cache, input_ids, result.sequences if returned else result)
-            if not returned:
+            if not returned and not cache.kept:
                 cache.release()
         return result
 
@@ -94,26 +95,36 @@ class Prompt:
         pads: left-padding columns of each row.
         columns: of the batch.
         device: of the ids.
+        typed: whether token_type_ids, all of them zero, came with it: some models (GPT-2) add an embedding for zero.
     """
 
     texts: list[list[int]]
     pads: list[int]
     columns: int
     device: torch.device
+    typed: bool = False
 
 
 def _prompt(model: Any, cache: PrefixCache, input_ids: Tensor, model_kwargs: dict[str, Any]) -> Prompt | None:
     """The whole text that the cache will hold after the prefill; `None`, counted, where that is not known."""
-    why = _obstacle(model, cache, input_ids, model_kwargs)
+    pads = cache.groups[0].pads or [0] * input_ids.shape[0]
+    typed = model_kwargs.get("token_type_ids") is not None
+    why, namespace, texts = _obstacle(model, cache, input_ids, model_kwargs), None, []
+    if why is None:
+        namespace = (
+            ("model", fingerprint(model)),
+            ("salt", cache.options.salt),
+            *((("types", "0"),) if typed else ()),
+        )
+        texts = [row[pad:] for row, pad in zip(input_ids.tolist(), pads, strict=True)]
+        if cache.get_seq_length() and not cache.continues(namespace, texts):
+            why = "the cache holds another text than the prompt begins with, or states of another kind"
     if why is not None:
-        cache.namespace = None
+        cache.namespace = cache.texts = None
         cache.context.compute_all(why)
         return None
-    cache.namespace = (("model", fingerprint(model)), ("salt", cache.options.salt))
-    pads = cache.groups[0].pads or [0] * input_ids.shape[0]
-    rows: list[list[int]] = input_ids.tolist()
-    return Prompt([row[pad:] for row, pad in zip(rows, pads, strict=True)], list(pads), input_ids.shape[1],
-                  input_ids.device)  # fmt: skip
+    cache.namespace, cache.texts = namespace, texts
+    return Prompt(texts, list(pads), input_ids.shape[1], input_ids.device, typed)
 
 
 def _obstacle(model: Any, cache: PrefixCache, input_ids: Tensor, model_kwargs: dict[str, Any]) -> str | None:
@@ -124,6 +135,15 @@ def _obstacle(model: Any, cache: PrefixCache, input_ids: Tensor, model_kwargs: d
         return "the prompt is more than token ids"
     if model.training:
         return "the model is in training mode"
+    if "prepare_inputs_for_generation" in vars(model):  # prompt tuning (PEFT) puts virtual tokens before the prompt
+        return "the model's inputs are prepared by somebody else"
+    if [group.arena for group in cache.groups] != cache.store.arenas:
+        return "the store holds pages of another layout by now"
+    other = next((layer for layer in cache.layers if not isinstance(layer, PageLayer)), None)
+    if other is not None and type(other).__name__ != "DummyLayer":  # that one only reads another layer's pages
+        return f"a {type(other).__name__} keeps a state that pages do not hold"
+    if any(_per_row(hook) for module in model.modules() for hook in module._forward_pre_hooks.values()):
+        return "adapters chosen row by row"
     mask = model_kwargs.get("attention_mask")
     columns = input_ids.shape[1]
     if mask is not None and (mask.dim() != 2 or mask.shape[1] != columns):
@@ -135,10 +155,18 @@ def _obstacle(model: Any, cache: PrefixCache, input_ids: Tensor, model_kwargs: d
     types = model_kwargs.get("token_type_ids")
     if types is not None and bool((types != 0).any()):
         return "token_type_ids"
+    limit = length_limit(model.config.get_text_config(decoder=True))
+    if limit is not None and max(columns, *(group.expected or 0 for group in cache.groups)) > limit:
+        return "rotary frequencies change with the text's length"
     positions = model_kwargs.get("position_ids")
     if positions is not None and not _usual(positions, mask, columns):
         return "position_ids of the caller's own"
     return None
+
+
+def _per_row(hook: Any) -> bool:
+    """Whether a hook is PEFT's for `adapter_names`: rows of one batch then differ in more than their tokens."""
+    return (getattr(getattr(hook, "func", None), "__module__", None) or "").startswith("peft.")
 
 
 def _usual(positions: Tensor, mask: Tensor | None, columns: int) -> bool:
@@ -153,11 +181,11 @@ def _usual(positions: Tensor, mask: Tensor | None, columns: int) -> bool:
 def reuse(model: Any, cache: PrefixCache, prompt: Prompt, generation_config: Any) -> None:
     """Put what the store has of the prompt into the empty cache, and count it."""
     computed = 0
-    found = [cache.find(text) for text in prompt.texts]
+    found = cache.find(prompt.texts)
     if _worth_warming(cache, prompt, found, generation_config):
         chunk = generation_config.prefill_chunk_size or chunk_size(model, cache.options, None, prompt.columns)
-        computed = sum(warm(model, cache, text, chunk, prompt.device) for text in prompt.texts)
-        found = [cache.find(text) for text in prompt.texts]
+        computed = sum(warm(model, cache, text, chunk, prompt) for text in prompt.texts)
+        found = cache.find(prompt.texts)
     seen = common(cache, prompt, found)
     chunked = generation_config.prefill_chunk_size is not None and not slices_chunks(seen)
     if chunked and prompt.columns - seen > generation_config.prefill_chunk_size:
@@ -165,6 +193,7 @@ def reuse(model: Any, cache: PrefixCache, prompt: Prompt, generation_config: Any
         seen = 0
     if not seen or not cache.adopt(found, seen):
         seen = 0
+        cache.store.hold(cache.lease, [])
     elif chunked:
         generation_config.prefill_chunk_size = None  # the rest is fed at once: this version would feed all again
     held = sum(max(0, seen - pad) for pad in prompt.pads)
@@ -214,12 +243,14 @@ def _unique(texts: Sequence[list[int]], found: Sequence[Found]) -> int:
     return total
 
 
-def warm(model: Any, cache: PrefixCache, text: list[int], chunk: int | None, device: torch.device) -> int:
+def warm(model: Any, cache: PrefixCache, text: list[int], chunk: int | None, prompt: Prompt) -> int:
     """Compute one row's whole pages that the store lacks, by a cache of its own; returns the tokens computed."""
     size = cache.store.page_size
     goal = (len(text) - 1) // size * size
-    found = cache.find(text)
-    start = found.longest(cache.groups, goal) // size * size
+    (found,) = cache.find([text])
+    start = found.longest(cache.groups, goal)
+    while start % size:  # at the page's beginning a sliding layer looks further back, where pages may be gone
+        start = found.longest(cache.groups, start // size * size)
     if start >= goal:
         return 0
     single = cache.sibling(goal)
@@ -232,8 +263,10 @@ def warm(model: Any, cache: PrefixCache, text: list[int], chunk: int | None, dev
     try:
         for at in range(start, goal, chunk or goal):
             stop = min(goal, at + (chunk or goal))
+            ids = torch.tensor([text[at:stop]], device=prompt.device)
+            typed = {"token_type_ids": torch.zeros_like(ids)} if prompt.typed else {}
             with kept_whole(single):
-                model(input_ids=torch.tensor([text[at:stop]], device=device), **call)
+                model(input_ids=ids, **typed, **call)
                 single.keep(0, text[:stop])
     finally:
         single.release()
@@ -246,5 +279,6 @@ def _keep_generated(cache: PrefixCache, input_ids: Tensor, sequences: Tensor) ->
     if sequences.shape[1] <= seen - 1 or sequences.shape[0] != len(cache.groups[0].rows):
         return
     pads = cache.groups[0].pads or [0] * sequences.shape[0]
-    for row, (ids, pad) in enumerate(zip(sequences[:, :seen].tolist(), pads, strict=True)):
-        cache.keep(row, ids[pad:], generated=max(0, seen - input_ids.shape[1]))
+    cache.texts = [ids[pad:] for ids, pad in zip(sequences[:, :seen].tolist(), pads, strict=True)]
+    for row, text in enumerate(cache.texts):
+        cache.keep(row, text, generated=max(0, seen - input_ids.shape[1]))

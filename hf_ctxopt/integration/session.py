@@ -7,7 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from transformers import TextIteratorStreamer
+from torch import Tensor
+from transformers import StoppingCriteria, TextIteratorStreamer
 
 from ..caches.options import PrefixOptions
 from ..errors import ConfigError, CtxoptError
@@ -32,7 +33,7 @@ class Session:
         **generation: further arguments of `generate`.
 
     Raises:
-        ConfigError: an option is out of range.
+        ConfigError: an option is out of range, or the tokenizer has no chat template.
     """
 
     def __init__(
@@ -49,6 +50,8 @@ class Session:
         **generation: Any,
     ) -> None:
         self.model, self.tokenizer = model, tokenizer
+        if not getattr(tokenizer, "chat_template", None):
+            raise ConfigError("tokenizer", type(tokenizer).__name__, "one with a chat template")
         self.priorities = dict(priorities or {})
         self.cache_config = {**(cache_config or {}), "store": store, "salt": salt}
         PrefixOptions.parse(self.cache_config)
@@ -78,23 +81,30 @@ class Session:
         return text
 
     def stream(self, messages: str | Message | Sequence[Message]) -> Iterator[str]:
-        """Like `send`, piece by piece. The answer is added once it is complete; what is broken off is not."""
+        """Like `send`, piece by piece. The answer is added once it is complete.
+
+        Whoever closes the stream before its end stops the model at the next token, and nothing is added.
+        """
         conversation, ids = self._prepared(messages)
+        stop = _Stop()
         streamer = TextIteratorStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
         failures: list[BaseException] = []
         texts: list[str] = []
 
         def run() -> None:
             try:
-                texts.append(self._generate(conversation, ids, streamer))
+                texts.append(self._generate(conversation, ids, streamer, stop))
             except BaseException as error:  # handed to the caller's thread
                 failures.append(error)
                 streamer.end()
 
         thread = threading.Thread(target=run, daemon=True)
         thread.start()
-        yield from streamer
-        thread.join()
+        try:
+            yield from streamer
+        finally:
+            stop.asked = True
+            thread.join()
         if failures:
             raise failures[0]
         self.messages = [*conversation, {"role": "assistant", "content": texts[0]}]
@@ -149,21 +159,37 @@ class Session:
         self.shifted += shifted
         return conversation, ids
 
-    def _generate(self, conversation: list[dict[str, Any]], ids: list[int], streamer: Any) -> str:
+    def _generate(
+        self, conversation: list[dict[str, Any]], ids: list[int], streamer: Any, stop: _Stop | None = None
+    ) -> str:
         config = dict(self.cache_config)
         if self.priorities:
             config["priorities"] = priorities_from_messages(self.tokenizer, conversation, self.priorities)
+        generation = dict(self.generation)
+        if stop is not None:
+            generation["stopping_criteria"] = [*(generation.get("stopping_criteria") or ()), stop]
         device = self.model.device
         prompt = torch.tensor([ids], device=device)
         out = self.model.generate(
             prompt, attention_mask=torch.ones_like(prompt), cache_implementation="ctx_prefix", cache_config=config,
-            max_new_tokens=self.max_new_tokens, return_dict_in_generate=True, streamer=streamer, **self.generation,
+            max_new_tokens=self.max_new_tokens, return_dict_in_generate=True, streamer=streamer, **generation,
         )  # fmt: skip
         cache = next(out[key] for key in ("cache", "past_key_values") if out.get(key) is not None)
         self.last = cache.stats()["prefix"]
         cache.release()
         text: str = self.tokenizer.decode(out.sequences[0, len(ids) :], skip_special_tokens=True)
         return text
+
+
+class _Stop(StoppingCriteria):
+    """Ends generation after the current token once it is asked to."""
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> torch.BoolTensor:
+        """One flag per row of `input_ids` `(batch, seq)`: whether to stop."""
+        return torch.full((input_ids.shape[0],), self.asked, device=input_ids.device, dtype=torch.bool)  # type: ignore[return-value]
 
 
 def _without_oldest_turn(conversation: list[dict[str, Any]], keep: int) -> list[dict[str, Any]] | None:

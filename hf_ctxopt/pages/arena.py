@@ -89,13 +89,13 @@ class Arena:
     @property
     def page_bytes(self) -> int:
         """Bytes of one open page over all layers; layers that have not arrived count as the first one did."""
-        known = sum(storage.page_bytes for storage in self.storages.values())
+        known = sum(storage.page_bytes for storage in list(self.storages.values()))
         return known + (len(self.layers) - len(self.storages)) * self._guess.open
 
     @property
     def sealed_bytes(self) -> int:
         """Bytes of one sealed page over all layers, counted likewise."""
-        known = sum(storage.sealed_bytes for storage in self.storages.values())
+        known = sum(storage.sealed_bytes for storage in list(self.storages.values()))
         return known + (len(self.layers) - len(self.storages)) * self._guess.sealed
 
     def expect_page_bytes(self, one_layer: Pages) -> bool:
@@ -121,7 +121,7 @@ class Arena:
     @property
     def nbytes(self) -> int:
         """Bytes of the storages really held."""
-        return unique_bytes([tensor for storage in self.storages.values() for tensor in storage.tensors])
+        return unique_bytes([tensor for storage in list(self.storages.values()) for tensor in storage.tensors])
 
     # ---- references
 

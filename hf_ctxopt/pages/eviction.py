@@ -1,5 +1,8 @@
 """Which page of a radix tree goes next: a heap of leaves whose entries are checked when they come up.
 
+A leaf has one entry that counts. It may come up too early, never too late: a use only makes a leaf go later, so it
+costs nothing, and the entry is put right when it comes up. An eviction is O(log n).
+
 Order: lowest priority; then, where it is known, the text that is expected to go on latest (KVFlow, arXiv 2507.07400);
 then the least recently used. Only leaves are in it, as in TensorRT-LLM's `evictionPolicy.cpp`.
 """
@@ -15,6 +18,8 @@ from .radix_node import Node
 
 Item = TypeVar("Item")
 Key = tuple[int, float, int]
+SLACK = 64
+"""Entries that do not count which a heap may have beyond as many as do, before it is made anew."""
 
 
 class Queue(Generic[Item]):
@@ -30,11 +35,16 @@ class Queue(Generic[Item]):
         self._clock, self._in_tier, self._hopeful = clock, away, hopeful
         self._heap: list[tuple[Key, int, Node[Item]]] = []
         self._ends: list[tuple[float, int, Node[Item]]] = []  # when the priority of a leaf's last page ends
+        self._keys: dict[int, Key] = {}  # of the entry that counts, by the identity of the node in it
+        self._due: dict[int, float] = {}  # likewise of `_ends`
+        self._last_size = 0
         self._numbers = itertools.count()
+        self.draws = 0
+        """Entries that have come up so far: the work done."""
 
     def clear(self) -> None:
         """Forget all."""
-        self._heap, self._ends = [], []
+        self._heap, self._ends, self._keys, self._due = [], [], {}, {}
 
     def place(self, node: Node[Item]) -> int | None:
         """The node's page that would go next; `None` if none can."""
@@ -56,28 +66,54 @@ class Queue(Generic[Item]):
         place = self.place(node)
         if place is None:
             return
-        heapq.heappush(self._heap, (self.key(node, place), next(self._numbers), node))
-        end = node.expiry(place)
-        if end is not None and end >= self._clock():
+        key, known = self.key(node, place), self._keys.get(id(node))
+        if known is None or key < known:
+            self._keys[id(node)] = key
+            heapq.heappush(self._heap, (key, next(self._numbers), node))
+        end, due = node.expiry(place), self._due.get(id(node))
+        if end is not None and end > self._clock() and (due is None or end < due):
+            self._due[id(node)] = end
             heapq.heappush(self._ends, (end, next(self._numbers), node))
 
     def pop(self) -> Node[Item] | None:
         """The leaf whose last page goes next; it must be offered again afterwards. `None` if there is none."""
         now = self._clock()
-        while self._ends and self._ends[0][0] < now:
-            self.offer(heapq.heappop(self._ends)[2])
+        while self._ends and self._ends[0][0] <= now:
+            end, _, node = heapq.heappop(self._ends)
+            if self._due.get(id(node)) == end:
+                del self._due[id(node)]
+                self.offer(node)
         while self._heap:
             key, _, node = heapq.heappop(self._heap)
-            place = self.place(node)
-            if place is None:
+            self.draws += 1
+            if self._keys.get(id(node)) != key:
                 continue
-            current = self.key(node, place)
-            if current == key:
+            del self._keys[id(node)]
+            place = self.place(node)
+            if place is not None and self.key(node, place) == key:
                 return node
-            heapq.heappush(self._heap, (current, next(self._numbers), node))
+            self.offer(node)
         return None
 
+    def tidy(self) -> None:
+        """Let go of nodes that left the tree and of entries that do not count, once they are many."""
+        if len(self._heap) + len(self._ends) > 2 * self._last_size + SLACK:
+            known = {id(node): node for _, _, node in (*self._heap, *self._ends)}
+            self.clear()
+            for node in known.values():
+                self.offer(node)
+            self._last_size = len(self._heap) + len(self._ends)
+
     def missing(self, nodes: Iterable[Node[Item]]) -> list[Node[Item]]:
-        """Those of `nodes` that are leaves of the tier and not in the heap."""
-        queued = {id(node) for _, _, node in self._heap}
-        return [node for node in nodes if self.place(node) is not None and id(node) not in queued]
+        """Those of `nodes` that are leaves of the tier and not in the heap, or would come up too late."""
+        now = self._clock()
+        entered = {(id(node), key) for key, _, node in self._heap}
+        due = {(id(node), end) for end, _, node in self._ends if end <= now}
+        found = []
+        for node in nodes:
+            place, key = self.place(node), self._keys.get(id(node))
+            if place is None or (id(node), self._due.get(id(node))) in due:
+                continue
+            if key is None or key > self.key(node, place) or (id(node), key) not in entered:
+                found.append(node)
+        return found

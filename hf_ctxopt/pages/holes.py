@@ -28,8 +28,8 @@ class Evictor(Protocol):
 
 
 def leaving(group: LayerGroup, row: Row, coming: int) -> int:
-    """Pages that the row loses before a step of `coming` tokens."""
-    if group.evictor is None or group.recording:
+    """Pages that the row loses before a step of `coming` tokens. That step itself can still be taken back."""
+    if group.evictor is None:
         return 0
     excess = group.evictor.excess(row.held(group.policy.sinks, group.page_size), coming)
     return min(excess, len(_candidates(group, row)))

@@ -90,9 +90,7 @@ class RadixTree(Generic[Item]):
         """
         most = len(tokens) if limit is None else max(0, min(limit, len(tokens)))
         text = self._cut(tokens, most)
-        node, count = self._walk(namespace, text, create=False)
-        if node is None:
-            return Match([], Node(None, [], [], [], []), 0, None)
+        node, count = self._walk(namespace, text)
         self._touch(node)
         items = [item for one in node.path() for item in one.items]
         rest = tuple(tokens[count * self.page_size : most])
@@ -122,9 +120,8 @@ class RadixTree(Generic[Item]):
         text = self._cut(tokens, len(items) * self.page_size)
         worth = list(priorities) if priorities is not None else [None] * len(items)
         spans: list[float | None] = list(durations) if durations is not None else [None] * len(items)
-        node, count = self._walk(namespace, text, create=True)
-        if node is None:
-            raise IntegrityError("a namespace without a root")
+        node, count = self._walk(namespace, text)
+        self._touch(node)  # before the new values: what they replace may be over
         at = 0
         for one in node.path():
             for place in range(len(one.items)):
@@ -136,7 +133,10 @@ class RadixTree(Generic[Item]):
         if count < len(items):
             values = [DEFAULT_PRIORITY if value is None else value for value in worth[count:]]
             child = Node(node, text[count:], list(items[count:]), values, spans[count:])
+            child.last_time = self.clock()
             node.add(child)
+            if node.parent is None:
+                self._roots[namespace] = node
             node = child
             self.pages += len(child.items)
             self.resident_pages += len(child.items)
@@ -144,6 +144,8 @@ class RadixTree(Generic[Item]):
         if merge is not None:
             self.settle(node)
         self._touch(node)
+        for one in node.path():
+            self._offer(one)  # whose worth may have fallen
         return Inserted(count, node)
 
     def walk(self) -> Iterator[Node[Item]]:
@@ -156,14 +158,15 @@ class RadixTree(Generic[Item]):
 
     def namespaces(self) -> list[Hashable]:
         """Those that have texts."""
-        return [name for name, root in self._roots.items() if root.children]
+        return list(self._roots)
+
+    def roots(self) -> list[tuple[Hashable, Node[Item]]]:
+        """What each namespace's texts hang on."""
+        return list(self._roots.items())
 
     def namespace_of(self, node: Node[Item]) -> Hashable:
         """Where a node belongs."""
-        root = node
-        while root.parent is not None:
-            root = root.parent
-        return next(name for name, one in self._roots.items() if one is root)
+        return node.namespace
 
     def clear(self) -> None:
         """Forget everything, locked or not: locks end without effect."""
@@ -179,7 +182,10 @@ class RadixTree(Generic[Item]):
     def lock(self, node: Node[Item]) -> None:
         """Keep the node and all before it from eviction; once more for every call."""
         if node.alive:
+            node.handles += 1
+            now = self.clock()
             for one in node.path():
+                one.expire(now)
                 self.locked_pages += len(one.items) if one.locks == 0 else 0
                 one.locks += 1
 
@@ -187,15 +193,15 @@ class RadixTree(Generic[Item]):
         """Take one lock back.
 
         Raises:
-            IntegrityError: the node is not locked.
+            IntegrityError: the node is not locked, or only by way of those behind it.
         """
         if not node.alive:
             return
-        now = self.clock()
-        path = node.path()
-        if any(one.locks < 1 for one in path):
+        if node.handles < 1:
             raise IntegrityError("a node of the radix tree is unlocked more often than locked")
-        for one in path:
+        node.handles -= 1
+        now = self.clock()
+        for one in node.path():
             one.locks -= 1
             if one.locks == 0:
                 self.locked_pages -= len(one.items)
@@ -221,7 +227,11 @@ class RadixTree(Generic[Item]):
             if node is None:
                 break
             place = node.resident - 1
-            moved = None if away is None else away(node.items[place], node.priority(place, self.clock()))
+            try:
+                moved = None if away is None else away(node.items[place], node.priority(place, self.clock()))
+            except BaseException:
+                self._offer(node)
+                raise
             node.resident = place
             self.resident_pages -= 1
             if moved is not None:
@@ -252,20 +262,26 @@ class RadixTree(Generic[Item]):
 
     def _drop_from(self, node: Node[Item], place: int) -> list[Item]:
         """Remove the node's pages from `place` on, and everything behind the node."""
-        gone: list[Item] = []
-        for child in list(node.kids()):
-            gone += self._drop_from(child, 0)
+        behind, waiting = [], list(node.kids())
+        while waiting:  # not a recursion: a conversation is a chain of a node for each turn
+            behind.append(waiting.pop())
+            waiting.extend(behind[-1].kids())
+        gone = [item for one in reversed(behind) for item in self._cut_from(one, 0)] + self._cut_from(node, place)
+        self._offer(node.parent if place == 0 and node.parent is not None else node)
+        self._resident.tidy()
+        self._away.tidy()
+        return gone
+
+    def _cut_from(self, node: Node[Item], place: int) -> list[Item]:
+        """Remove the pages of a childless node from `place` on, and the node and its namespace if none is left."""
         parent = node.parent
         if place == 0 and parent is not None:
             parent.remove(node)
             node.alive = False
-        while len(node.items) > place:
-            gone.append(node.cut())
-            self.pages -= 1
-        if place == 0 and parent is not None:
-            self._offer(parent)
-        else:
-            self._offer(node)
+            if parent.parent is None and not parent.children:
+                del self._roots[node.namespace]
+        gone = [node.cut() for _ in range(len(node.items) - place)]
+        self.pages -= len(gone)
         return gone
 
     def _offer(self, node: Node[Item]) -> None:
@@ -297,14 +313,12 @@ class RadixTree(Generic[Item]):
         size = self.page_size
         return [tuple(tokens[start : start + size]) for start in range(0, most - size + 1, size)]
 
-    def _walk(self, namespace: Hashable, text: list[Page], create: bool) -> tuple[Node[Item] | None, int]:
+    def _walk(self, namespace: Hashable, text: list[Page]) -> tuple[Node[Item], int]:
         """The node that ends with the last page of `text` that is here (cut so that it does), and their number."""
-        node = self._roots.get(namespace)
-        if node is None:
-            if not create:
-                return None, 0
-            node = self._roots[namespace] = Node(None, [], [], [], [])
-        count = 0
+        node, count = self._roots.get(namespace), 0
+        if node is None:  # a root that the tree has once something hangs on it
+            node = Node(None, [], [], [], [])
+            node.namespace = namespace
         while count < len(text):
             child = node.child(text[count])
             if child is None:
@@ -321,20 +335,13 @@ class RadixTree(Generic[Item]):
         return node, count
 
     def _partial(self, node: Node[Item], rest: Page) -> tuple[Item, int] | None:
-        best, found = 0, None
-        for child in node.kids():
-            same = 0
-            for one, other in zip(child.pages[0], rest, strict=False):
-                if one != other:
-                    break
-                same += 1
-            if same > best:
-                best, found = same, child.items[0]
-        return None if found is None else (found, best)
+        near = node.nearest(rest)
+        return None if near is None else (near[0].items[0], near[1])
 
     def _touch(self, node: Node[Item]) -> None:
         self._uses += 1
         now = self.clock()
         for one in node.path():
+            one.expire(now)
             one.last_use, one.last_time = self._uses, now
         self._offer(node)

@@ -6,7 +6,8 @@ Source: SGLang, `mem_cache/radix_cache.py` (`TreeNode`); priorities and duration
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from bisect import bisect_left
+from collections.abc import Hashable, Iterator
 from typing import Generic, TypeVar
 
 DEFAULT_PRIORITY = 35
@@ -34,6 +35,8 @@ class Node(Generic[Item]):
         start: tokens before the node's first page.
         resident: leading pages whose items are where they are used; those behind them lie elsewhere (second tier).
         locks: users of this node or of one behind it.
+        handles: locks taken on this very node.
+        namespace: where it belongs; set on a root, and the same behind it.
         last_use: a number that grows with every use of any node.
         last_time: the clock at the last use or unlock.
         steps: turns of others until this text is expected to go on; `None` where nothing is known.
@@ -49,8 +52,11 @@ class Node(Generic[Item]):
         self.start: int = 0 if parent is None else parent.end
         self.resident, self.locks, self.last_use, self.last_time = len(items), 0, 0, 0.0
         self.steps: int | None = None
-        self.alive = True
+        self.alive, self.handles = True, 0
+        self.namespace: Hashable = None if parent is None else parent.namespace
         self.children: dict[int, list[Node[Item]]] = {}
+        self._firsts: list[Page] = []  # the children's first pages, sorted, and the children in that order
+        self._sorted: list[Node[Item]] = []
 
     @property
     def end(self) -> int:
@@ -68,6 +74,9 @@ class Node(Generic[Item]):
     def add(self, child: Node[Item]) -> None:
         """Put a child behind this node."""
         self.children.setdefault(page_key(child.pages[0]), []).append(child)
+        place = bisect_left(self._firsts, child.pages[0])
+        self._firsts.insert(place, child.pages[0])
+        self._sorted.insert(place, child)
 
     def remove(self, child: Node[Item]) -> None:
         """Take a child away."""
@@ -75,6 +84,27 @@ class Node(Generic[Item]):
         self.children[key].remove(child)
         if not self.children[key]:
             del self.children[key]
+        place = bisect_left(self._firsts, child.pages[0])
+        del self._firsts[place], self._sorted[place]
+
+    def nearest(self, tokens: Page) -> tuple[Node[Item], int] | None:
+        """The child that begins like `tokens` for longest, and for how many tokens; `None` if none does.
+
+        It is a neighbour of the place where `tokens` would be among the sorted first pages.
+        """
+        place = bisect_left(self._firsts, tokens)
+        near = [
+            (_common(self._firsts[at], tokens), self._sorted[at])
+            for at in (place - 1, place)
+            if 0 <= at < len(self._sorted)
+        ]
+        same, child = max(near, key=lambda one: one[0], default=(0, None))
+        return (child, same) if child is not None and same else None
+
+    def sorted_right(self) -> bool:
+        """Whether the sorted children are the children."""
+        kids = sorted(self.kids(), key=lambda child: child.pages[0])
+        return self._firsts == [child.pages[0] for child in kids] and all(map(_same, self._sorted, kids))
 
     def split(self, at: int) -> Node[Item]:
         """Cut before page `at`. This object becomes the lower part, so that a lock on it goes on covering all of it.
@@ -112,10 +142,16 @@ class Node(Generic[Item]):
 
     def priority(self, page: int, now: float) -> int:
         """What a page is worth now. A duration runs from the moment at which the node was last used."""
-        duration = self.durations[page]
-        if duration is not None and not self.locks and now - self.last_time > duration:
-            return DEFAULT_PRIORITY
-        return self.priorities[page]
+        end = self.expiry(page)
+        return self.priorities[page] if end is None or now < end else DEFAULT_PRIORITY
+
+    def expire(self, now: float) -> None:
+        """Make final what is over: a later use does not bring a priority back, only a new value does."""
+        for page, duration in enumerate(self.durations):
+            if duration is not None:
+                self.priorities[page] = self.priority(page, now)
+                end = self.expiry(page)
+                self.durations[page] = duration if end is None or now < end else None
 
     def expiry(self, page: int) -> float | None:
         """When the page's priority ends, if it does."""
@@ -134,3 +170,11 @@ class Node(Generic[Item]):
     def text(self) -> list[int]:
         """All tokens up to the node's end."""
         return [token for node in self.path() for page in node.pages for token in page]
+
+
+def _common(one: Page, other: Page) -> int:
+    return next((at for at, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+
+
+def _same(one: object, other: object) -> bool:
+    return one is other

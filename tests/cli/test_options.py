@@ -66,7 +66,7 @@ def test_the_allocator_is_set_up_unless_the_user_did(monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="torch has no expandable segments elsewhere")
-@pytest.mark.parametrize("command", ["run", "chat", "bench"])
+@pytest.mark.parametrize("command", ["run", "chat", "agents", "bench"])
 def test_commands_set_it_before_they_import_torch(command: str) -> None:
     code = f"""
 import sys

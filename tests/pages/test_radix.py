@@ -114,7 +114,7 @@ def test_new_values_override_old_ones() -> None:
     assert tree.evict(1) == ["a"]
 
 
-@pytest.mark.parametrize(("now", "first"), [(0, "b"), (2, "b"), (5, "b"), (9, "a")])
+@pytest.mark.parametrize(("now", "first"), [(0, "b"), (2, "b"), (4.9, "b"), (5, "a"), (9, "a")])
 def test_a_priority_ends_after_its_duration(now: float, first: str) -> None:
     """The clock starts at the last use; then the priority is the default, which `b` is just above."""
     clock = Clock()
@@ -244,3 +244,27 @@ def test_the_check_sees_what_is_wrong() -> None:
         harm(tree, next(tree.walk()))
         with pytest.raises(IntegrityError):
             tree.check_integrity()
+
+
+def test_queues_do_not_grow_with_use_where_nothing_is_evicted() -> None:
+    tree: RadixTree[int] = RadixTree(1)
+    for first in range(3):
+        tree.insert("", [first, 7, 8], [1, 2, 3], priorities=[90] * 3, durations=[100.0] * 3)
+    for use in range(5_000):
+        node = tree.match("", [use % 3, 7, 8]).node
+        tree.lock(node)
+        tree.unlock(node)
+    assert len(tree._resident._heap) + len(tree._resident._ends) < 600
+    tree.check_integrity()
+    assert len(tree.evict(100)) == 9
+
+
+def test_a_namespace_without_texts_is_forgotten() -> None:
+    tree: RadixTree[int] = RadixTree(1)
+    for salt in range(100):
+        tree.insert(salt, [1, 2], [1, 2])
+        tree.evict(2)
+    assert tree._roots == {}
+    tree.insert("again", [1, 2], [1, 2])
+    node = tree.match("again", [1, 2]).node
+    assert tree.namespace_of(node) == "again"
