@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 import hf_ctxopt
-from agent_times import least_squares, line, salts, turns
+from agent_times import CLOCKS, FirstToken, least_squares, line, salts, turns
 from agent_trace import Generated, Shape, Simulated, replay
 from common import SMOLLM2, arguments, load_smollm2, progress, tiny_llama, verdict, write_results
 from measure import new_figure, save_figure
@@ -36,6 +36,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     shape = Shape(agents=args.trace_agents, turns=args.trace_turns, **parts)
     curves = _curves(args, shape)
     through = [_through_generate(args, shape, floods, kind) for floods, kind in ((0, "recency"), (1, "priority"))]
+    FirstToken.clock = staticmethod(CLOCKS[args.clock])
     model, tokenizer = load_smollm2()
     model.generation_config.eos_token_id = None  # every answer has its length
     real = {"turns": turns(model, tokenizer, args), "line": line(model, tokenizer, args),
@@ -54,6 +55,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--mark", type=int, default=16384, help="the budget of the bars")
     parser.add_argument("--trace", type=int, nargs=5, default=[1024, 128, 64, 64, 1024],
                         help="tokens of system prompt, role, question, answer and one-off request")  # fmt: skip
+    parser.add_argument("--clock", choices=tuple(CLOCKS), default="wall", help="cpu: for a busy machine, --threads 1")
     parser.add_argument("--trace-agents", type=int, default=8)
     parser.add_argument("--trace-turns", type=int, default=12)
     parser.add_argument("--agents", type=int, default=8, help="agents on SmolLM2")

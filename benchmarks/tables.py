@@ -89,6 +89,7 @@ def agents(data: dict[str, Any]) -> str:
         lines.append(f"| {int(budget):,} | {cells} |")
     turns, line, salts, where = data["turns"], data["line"], data["salts"], data["environment"]
     warm, cold, settings = 1000 * turns["later_seconds"], 1000 * turns["later_cold_seconds"], data["settings"]
+    clock = "seconds of the processor" if settings.get("clock") == "cpu" else "a busy machine, so the times say little"
     slope, apart = 1000 * line["seconds_per_token"], salts["other_salt_over_unknown"]
     lines += [
         "",
@@ -100,7 +101,7 @@ def agents(data: dict[str, Any]) -> str:
         f"{turns['times_lower']:.1f} times lower. Time against",
         f"uncached tokens is a line of {slope:.1f} ms a token (R² {line['r_squared']:.3f}). A text that only",
         f"another salt has takes {apart:.2f} times as long as one that nobody has. {where['processor']}, "
-        f"{where['threads']} threads\nof a busy machine, transformers {where['versions']['transformers']}.",
+        f"{where['threads']} threads\n({clock}), transformers {where['versions']['transformers']}.",
     ]
     return "\n".join(lines)
 

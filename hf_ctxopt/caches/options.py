@@ -167,28 +167,23 @@ class SinkOptions(PageOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PriorityOptions(PageOptions):
-    """Options of `ctx_priority`.
+class RankedOptions(PageOptions):
+    """Options of caches that keep what is worth most.
 
     Args:
-        budget: most tokens of a row that are kept, in whole pages; or bytes of the whole cache as `"512MiB"`.
-        priorities: worth of the text's tokens, 0 to 100: a list of `[start, end, priority]` or of dictionaries with
+        priorities: worth of the prompt's tokens, 0 to 100: a list of `[start, end, priority]` or of dictionaries with
             `start`, `end`, `priority` and `duration` in seconds (see `policies/priority.py`). A page has that of its
             first token.
         decode_priority: worth of generated tokens.
         decode_duration: seconds for which that holds; `None` for ever.
     """
 
-    budget: int | str | None = 4096
     priorities: Any = None
     decode_priority: int = DEFAULT_PRIORITY
     decode_duration: float | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        limit = Budget(self.budget)
-        if self.budget is None or (limit.tokens is not None and limit.tokens < 2 * self.page_size):
-            raise ConfigError("budget", self.budget, f"at least two pages: {2 * self.page_size} tokens; or bytes")
         retention = Retention.parse(self.priorities, self.decode_priority, self.decode_duration)
         object.__setattr__(self, "_retention", retention)
 
@@ -198,6 +193,23 @@ class PriorityOptions(PageOptions):
         found: Retention = vars(self)["_retention"]
         return found
 
+
+@dataclass(frozen=True, kw_only=True)
+class PriorityOptions(RankedOptions):
+    """Options of `ctx_priority`.
+
+    Args:
+        budget: most tokens of a row that are kept, in whole pages; or bytes of the whole cache as `"512MiB"`.
+    """
+
+    budget: int | str | None = 4096
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        limit = Budget(self.budget)
+        if self.budget is None or (limit.tokens is not None and limit.tokens < 2 * self.page_size):
+            raise ConfigError("budget", self.budget, f"at least two pages: {2 * self.page_size} tokens; or bytes")
+
     @property
     def most_tokens(self) -> int | None:
         """Tokens of a row after which some go; `None` if that depends on the model."""
@@ -205,17 +217,13 @@ class PriorityOptions(PageOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PrefixOptions(PageOptions):
+class PrefixOptions(RankedOptions):
     """Options of `ctx_prefix`.
 
     Args:
         store: name of the store whose pages are shared, in this process; `None` shares nothing between calls.
         salt: texts of another salt are never found. Give every tenant its own.
         budget: of the whole store; what is needed least goes when it is full.
-        priorities: worth of the prompt's tokens, 0 to 100: a list of `[start, end, priority]` or of dictionaries with
-            `start`, `end`, `priority` and `duration` in seconds (see `policies/priority.py`).
-        decode_priority: worth of generated tokens.
-        decode_duration: seconds for which that holds; `None` for ever.
         steps_to_next: turns of other agents until this text is expected to go on; of equal priorities, the text that
             goes on latest goes first.
         cpu_budget: bytes of host memory for pages that are pushed out of a full budget; `None` drops them.
@@ -225,9 +233,6 @@ class PrefixOptions(PageOptions):
     store: str | None = None
     salt: str = ""
     budget: int | str | None = "1GiB"
-    priorities: Any = None
-    decode_priority: int = DEFAULT_PRIORITY
-    decode_duration: float | None = None
     steps_to_next: int | None = None
     cpu_budget: str | None = None
     offload_priority: int = 30
@@ -242,11 +247,3 @@ class PrefixOptions(PageOptions):
             check_int("steps_to_next", self.steps_to_next, 0)
         _check_bytes("cpu_budget", self.cpu_budget)
         check_priority("offload_priority", self.offload_priority)
-        retention = Retention.parse(self.priorities, self.decode_priority, self.decode_duration)
-        object.__setattr__(self, "_retention", retention)
-
-    @property
-    def retention(self) -> Retention:
-        """The priorities, parsed."""
-        found: Retention = vars(self)["_retention"]
-        return found

@@ -102,7 +102,7 @@ def load(
 
     Raises:
         CorruptFileError: the file is damaged, of another model or layout, or larger than the store's budget. The store
-            is as it was.
+            is as it was, but for pages that went to make room.
     """
     found = read(path)
     with store.lock:
@@ -143,7 +143,7 @@ def _take(
         counts = [sum(kinds[index][at] == kind for at in wanted) for kind in KINDS]
         used = group.arena.used
         needed[id(group)] = Pages(used.open + counts[0], used.sealed + counts[1])
-        if not _affordable(group, found.body["shapes"], index, needed[id(group)]):
+        if not _affordable(group, found.body["shapes"], index, Pages(*counts)):
             raise CorruptFileError(str(found.path), "its pages are more than the store's budget allows")
     _make_storages(groups, found.body["shapes"], like)
     try:

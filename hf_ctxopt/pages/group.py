@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
@@ -20,11 +19,11 @@ from ..errors import ConfigError, InterruptedStepError
 from .arena import Arena, Table
 from .begin import begin
 from .budget import Budget
-from .capacity import resize
 from .carry_out import take_back
 from .holes import Evictor, leaving
-from .plan import Pages, StepPlan, StepRequest
-from .pool import SEALED, PagePool
+from .plan import StepPlan, StepRequest
+from .pool import PagePool
+from .rewind import rewind
 from .rows import Row
 from .sealed import Codecs
 from .storage import LayerStorage
@@ -309,45 +308,7 @@ class LayerGroup:
             ConfigError: a token that the next query would see was evicted already.
         """
         self.check_crop(tokens)
-        self._rewind(self.seen - tokens)
-
-    def _rewind(self, seen: int) -> None:
-        size = self.page_size
-        lengths = [max(0, seen - row.pad) for row in self.rows]
-        self._make_room_to_reopen(lengths)
-        for row, length in zip(self.rows, lengths, strict=True):
-            row.length, row.lower = length, row.lower if length else 0
-            row.sealed = min(row.sealed, length // size)
-            row.holes = {page: at for page, at in row.holes.items() if page * size < length}
-            self.release(row.drop(-(-length // size), _ALL))
-            if row.lower:
-                self.drop_below(row, row.lower, row.length)
-        reopened: dict[int, int] = {}
-        for row in self.rows:
-            logical = row.length // size
-            page = row.page_of(logical) if row.length % size else None
-            if page is None or page < SEALED:
-                continue
-            if page in reopened:
-                self.pool.share([reopened[page]])
-            else:
-                reopened[page] = self.pool.take(1)[0]
-                for storage in self.storages.values():
-                    storage.reopen(page, reopened[page])
-            self.replace(row, logical, reopened[page])
-        self._set_seen(seen)
-
-    def _make_room_to_reopen(self, lengths: list[int]) -> None:
-        """Grow the open pages, whatever the budget, where sealed pages become begun ones again."""
-        size, gone = self.page_size, Counter[int]()
-        begun: set[int] = set()
-        for row, length in zip(self.rows, lengths, strict=True):
-            page = row.page_of(length // size) if length % size else None
-            begun |= {page} if page is not None and page >= SEALED else set()
-            gone.update(page for _, page in row.open_pages(-(-length // size), _ALL))
-        if begun:
-            free = self.pool.free + sum(self.pool.references(page) == count for page, count in gone.items())
-            resize(self.arena, Pages(self.pool.capacity + max(0, len(begun) - free), self.sealed.capacity))
+        rewind(self, self.seen - tokens)
 
     def select(self, rows: Sequence[int]) -> None:
         """Make row `rows[i]` the new row `i`: beams, repeats and selections. Pages are shared, not copied."""
@@ -364,7 +325,7 @@ class LayerGroup:
             row.length += tokens
             row.lower = row.length
             self.drop_below(row, row.lower, row.length)
-        self._set_seen(self.seen + tokens)
+        self.set_seen(self.seen + tokens)
 
     def settle(self) -> int:
         """Take an unfinished step back, if there is one; returns the tokens seen.
@@ -374,7 +335,7 @@ class LayerGroup:
         """
         plan, self.request = self.plan, None
         if self._late:
-            self._rewind(0)
+            rewind(self, 0)
             self.select([])
         if plan is None or self._late or all(at in (0, self.seen) for at in self.progress.values()) and plan.seen:
             self._late = False
@@ -387,7 +348,7 @@ class LayerGroup:
         for layer, at in self.progress.items():
             if at < self.seen and layer in self.storages:  # the table lists these pages, so every layer needs them
                 take_back(plan, layer, self.storages[layer])
-        self._rewind(plan.seen)
+        rewind(self, plan.seen)
         if not plan.seen:
             self.select([])  # as before the first step: the next one may bring another batch
         return self.seen
@@ -402,8 +363,9 @@ class LayerGroup:
         self.evicted_pages, self.pads = 0, None  # the padding was that of the text which is forgotten
         self.recording = self._late = False
         self.announced = 0
-        self._set_seen(0)
+        self.set_seen(0)
 
-    def _set_seen(self, seen: int) -> None:
+    def set_seen(self, seen: int) -> None:
+        """The group has so many columns, and no step is under way."""
         self.seen, self.plan, self.request = seen, None, None
         self.progress = {layer: seen if at else 0 for layer, at in self.progress.items()}

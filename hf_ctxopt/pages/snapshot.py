@@ -7,11 +7,13 @@ SHA-256 over everything else. Nothing in a file is ever executed: no pickle.
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import math
 import os
 import tempfile
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +28,7 @@ from ..errors import CorruptFileError
 
 _MOST_HEADER = 8 << 20  # bytes: 8 MiB describe over 100,000 tensors
 _PIECE = 1 << 20
+_STALE = 3600  # seconds after which nobody is still writing a part
 _TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "U8": torch.uint8, "I64": torch.int64,
           "F64": torch.float64}  # fmt: skip
 
@@ -58,6 +61,7 @@ def write(path: str | Path, tensors: Mapping[str, Tensor], body: Mapping[str, An
         body: values that JSON can hold.
     """
     path = Path(path)
+    _sweep(path)
     text = json.dumps(body)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")  # mode 0600
     os.close(handle)
@@ -95,6 +99,16 @@ def read(path: str | Path) -> Stored:
     except (ValueError, KeyError, TypeError, OSError, RecursionError, OverflowError) as error:
         raise CorruptFileError(str(path), str(error) or type(error).__name__) from error
     return Stored(path, body, shapes)
+
+
+def _sweep(path: Path) -> None:
+    """Remove the parts of saves that were killed; younger ones may be another process's, which is still writing."""
+    for part in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
+        try:
+            if time.time() - part.stat().st_mtime > _STALE:
+                part.unlink()
+        except OSError:
+            continue
 
 
 def _header(path: Path) -> tuple[dict[str, Any], int]:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import random
 import resource
-import signal
 import stat
 import subprocess
 import sys
@@ -152,35 +152,45 @@ def test_a_checksum_alone_does_not_make_a_file_right(tmp_path: Path, harm: Any) 
     assert store().tree.pages == 0
 
 
-_SAVER = """
-import sys, torch
+_KILLER = """
+import os, signal, sys, time, torch
 from hf_ctxopt.pages import snapshot
-number = 0
-while True:
-    number += 1
-    snapshot.write(sys.argv[1], {"x": torch.full((1 << 20,), float(number))}, {"number": number})
-    print(number, flush=True)
+torch.set_num_threads(1)
+path, last = sys.argv[1], 0
+for moment in range(10):
+    child = os.fork()
+    if child == 0:
+        number = last
+        while True:
+            number += 1
+            snapshot.write(path, {"x": torch.full((1 << 19,), float(number))}, {"number": number})
+    while not os.path.exists(path) or snapshot.read(path).body["number"] == last:
+        time.sleep(0.001)
+    time.sleep(0.0011 * moment)  # somewhere in a later save
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    found = snapshot.read(path)
+    with found.tensors() as opened:
+        whole = opened.get_tensor("x")
+    assert whole.eq(found.body["number"]).all()
+    last = found.body["number"]
+    print("killed", moment, last, flush=True)
 """
 
 
-def test_kill_nine_while_saving_leaves_an_old_file_or_a_new_one(tmp_path: Path) -> None:
+def test_kill_nine_at_ten_moments_of_saving_leaves_an_old_file_or_a_new_one(tmp_path: Path) -> None:
     file = tmp_path / "store.kv"
-    process = subprocess.Popen([sys.executable, "-c", _SAVER, str(file)], stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    process.stdout.readline()
-    for moment in range(10):
-        time.sleep(0.003 + 0.0037 * moment)  # somewhere in a save
-        process.send_signal(signal.SIGSTOP)
-        found = snapshot.read(file)
-        with found.tensors() as opened:
-            assert float(opened.get_tensor("x")[-1]) == found.body["number"]
-        process.send_signal(signal.SIGCONT)
-    process.kill()
-    process.wait()
-    process.stdout.close()
-    assert snapshot.read(file).body["number"] >= 1
-    snapshot.write(file, {"x": torch.zeros(3)}, {"number": 0})  # left-over parts are in nobody's way
+    done = subprocess.run([sys.executable, "-c", _KILLER, str(file)], capture_output=True, text=True, timeout=120)
+    assert done.stdout.count("killed") == 10, done.stderr
+    old = time.time() - 7200
+    parts = [path for path in tmp_path.iterdir() if path != file]
+    for part in parts:
+        os.utime(part, (old, old))
+    young = tmp_path / f".{file.name}.x.part"
+    young.touch()
+    snapshot.write(file, {"x": torch.zeros(3)}, {"number": 0})
     assert snapshot.read(file).body == {"number": 0}
+    assert sorted(tmp_path.iterdir()) == sorted([file, young])
 
 
 def test_no_pickle_anywhere() -> None:
