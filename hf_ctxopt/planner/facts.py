@@ -267,7 +267,7 @@ def _rope_sets(text: Any) -> list[Mapping[str, Any]]:
 def _window_limit(text: Any, trained: int | None) -> int | None:
     """Tokens that may be held while others go: the trained length, less where rotation rescales with the length."""
     sets = _rope_sets(text)
-    if not sets and not hasattr(text, "rope_theta"):
+    if (not sets and not hasattr(text, "rope_theta")) or getattr(text, "alibi", False):
         return None  # learned or relative positions: what leaves cannot be made up for
     limits = [
         int(part.get("original_max_position_embeddings") or trained or 0) - 1
