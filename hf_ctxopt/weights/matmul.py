@@ -26,12 +26,51 @@ def gguf_matmul(x: Tensor, packed: Tensor, type: str) -> Tensor:
         (..., outputs) in x's dtype.
     """
     rows = x.reshape(-1, x.shape[-1])
-    kernel = gguf_kernel(x.device)
-    if kernel is not None and len(rows) <= GGUF_ROWS and not (torch.is_grad_enabled() and x.requires_grad):
-        out = kernel(rows, packed, type)
-    else:
-        out = decoded_matmul(rows, packed, type)
+    out = opaque_matmul(rows, packed, type) if torch.compiler.is_compiling() else _matmul(rows, packed, type)
     return out.view(*x.shape[:-1], packed.shape[0])
+
+
+def _matmul(rows: Tensor, packed: Tensor, type: str) -> Tensor:
+    kernel = gguf_kernel(rows.device)
+    if kernel is not None and len(rows) <= GGUF_ROWS and not (torch.is_grad_enabled() and rows.requires_grad):
+        return kernel(rows, packed, type)
+    return decoded_matmul(rows, packed, type)
+
+
+# Inside torch.compile the product is one operator whose inside is not traced: Triton's analysis of what a kernel
+# writes fails on inline assembly and takes every argument, the weight too, for written. What lies around it is fused.
+@torch.library.custom_op("hf_ctxopt::gguf_matmul", mutates_args=())
+def opaque_matmul(rows: Tensor, packed: Tensor, type: str) -> Tensor:
+    """`rows` (rows, columns) times a packed weight; see `gguf_matmul`."""
+    return _matmul(rows, packed, type)
+
+
+@opaque_matmul.register_fake
+def _shape(rows: Tensor, packed: Tensor, type: str) -> Tensor:
+    return rows.new_empty(rows.shape[0], packed.shape[0])
+
+
+@torch.library.custom_op("hf_ctxopt::gguf_matmul_back", mutates_args=())
+def _opaque_back(grad: Tensor, packed: Tensor, type: str) -> Tensor:
+    return _back(grad, packed, type)
+
+
+@_opaque_back.register_fake
+def _back_shape(grad: Tensor, packed: Tensor, type: str) -> Tensor:
+    row = block_type(type)
+    return grad.new_empty(grad.shape[0], packed.shape[1] // row.nbytes * row.block)
+
+
+def _keep(ctx, inputs, output):  # type: ignore[no-untyped-def]
+    _, packed, ctx.type = inputs
+    ctx.save_for_backward(packed)
+
+
+def _opaque_gradient(ctx, grad):  # type: ignore[no-untyped-def]
+    return _opaque_back(grad, *ctx.saved_tensors, ctx.type), None, None
+
+
+opaque_matmul.register_autograd(_opaque_gradient, setup_context=_keep)
 
 
 def decoded_matmul(x: Tensor, packed: Tensor, type: str) -> Tensor:
@@ -56,6 +95,15 @@ def _slabs(packed: Tensor, type: str, dtype: torch.dtype):  # type: ignore[no-un
         yield first, decode(packed[first : first + step], type, dtype)
 
 
+def _back(grad: Tensor, packed: Tensor, type: str) -> Tensor:
+    """`grad` (rows, outputs) times the decoded weight."""
+    row = block_type(type)
+    total = grad.new_zeros(len(grad), packed.shape[1] // row.nbytes * row.block)
+    for first, weight in _slabs(packed, type, grad.dtype):
+        total += grad[:, first : first + len(weight)] @ weight
+    return total
+
+
 class _Decoded(torch.autograd.Function):
     @staticmethod
     def forward(context, x, packed, type):  # type: ignore[no-untyped-def]
@@ -66,8 +114,4 @@ class _Decoded(torch.autograd.Function):
     @staticmethod
     def backward(context, grad):  # type: ignore[no-untyped-def]
         (packed,) = context.saved_tensors
-        total = None
-        for first, weight in _slabs(packed, context.type, grad.dtype):
-            part = grad[:, first : first + len(weight)] @ weight
-            total = part if total is None else total + part
-        return total, None, None
+        return _back(grad, packed, context.type), None, None
