@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from ..kernels.dispatch import GGUF_ROWS, gguf_kernel
+from ..kernels.dispatch import GGUF_ROWS, gguf_decoder, gguf_kernel
 from .blocks import block_type
 from .codecs import decode
 
@@ -91,8 +91,10 @@ def _slabs(packed: Tensor, type: str, dtype: torch.dtype):  # type: ignore[no-un
     row = block_type(type)
     columns = packed.shape[1] // row.nbytes * row.block
     step = max(1, (SLAB_GPU if packed.is_cuda else SLAB_CPU) // max(1, columns))
+    fast = gguf_decoder(packed.device)
     for first in range(0, packed.shape[0], step):
-        yield first, decode(packed[first : first + step], type, dtype)
+        slab = packed[first : first + step]
+        yield first, decode(slab, type, dtype) if fast is None else fast(slab, type).to(dtype)
 
 
 def _back(grad: Tensor, packed: Tensor, type: str) -> Tensor:
