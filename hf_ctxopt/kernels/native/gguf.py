@@ -1,4 +1,4 @@
-"""Products with packed weights by the compiled kernel of `gguf.cpp`; torch decodes whole weights where it is missing."""
+"""Products with packed weights by the compiled kernel of `gguf.cpp`; without it torch decodes whole weights."""
 
 from __future__ import annotations
 
