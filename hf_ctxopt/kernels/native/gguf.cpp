@@ -11,6 +11,7 @@ namespace {
 
 constexpr int LANES = 16;
 constexpr int64_t ALONE = 1 << 17;  // products up to which waking other threads costs more than it saves
+constexpr int64_t PARTS = 4;      // units of work a thread: one that is interrupted leaves its others to the rest
 typedef float Float __attribute__((vector_size(4 * LANES)));
 typedef int32_t Int __attribute__((vector_size(4 * LANES)));
 typedef int16_t Short __attribute__((vector_size(2 * LANES)));
@@ -123,11 +124,12 @@ void run(const float *x, const uint8_t *packed, int64_t rows, int64_t columns, i
          float *out) {
   static const auto products = {product<T, 1>, product<T, 2>, product<T, 3>, product<T, 4>};
   if (rows * columns * outputs < ALONE) threads = 1;
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
-  for (int64_t part = 0; part < threads; part++)
+  const int64_t parts = threads == 1 ? 1 : PARTS * threads;
+#pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (threads > 1)
+  for (int64_t part = 0; part < parts; part++)
     for (int64_t row = 0; row < rows; row += 4) {
       const auto some = products.begin()[std::min<int64_t>(4, rows - row) - 1];
-      some(x + row * columns, packed, columns, outputs, outputs * part / threads, outputs * (part + 1) / threads,
+      some(x + row * columns, packed, columns, outputs, outputs * part / parts, outputs * (part + 1) / parts,
            out + row * outputs);
     }
 }
