@@ -1,7 +1,8 @@
 """Decoding on a CPU with packed weights beside dense float32: tokens/s, and bytes of the weights held.
 
 Greedy decoding of SmolLM2 from a real prompt with stock caches; dense and packed take turns, so that whatever else
-the machine does falls on both. The bars are those of the project: packed at 0.8 x dense or faster, under 0.4 x its bytes.
+the machine does falls on both. The bars are those of the project: packed at 0.8 x dense or faster, under 0.4 x its
+bytes.
 """
 
 from __future__ import annotations
@@ -16,10 +17,10 @@ from typing import Any
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from common import CACHE, arguments, load_smollm2, real_tokens, verdict, write_results
 from transformers import DynamicCache
 
 import hf_ctxopt
+from common import CACHE, arguments, load_smollm2, real_tokens, verdict, write_results
 from hf_ctxopt.kernels.dispatch import gguf_kernel
 
 SPEED, SIZE = 0.8, 0.4

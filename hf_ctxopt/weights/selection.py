@@ -121,5 +121,5 @@ def replacement(module: nn.Module, type: str, dtype: torch.dtype, packed: bool) 
             module.num_embeddings, module.embedding_dim, type, dtype, scale, module.padding_idx, packed
         )
     if isinstance(module, Conv1D):  # GPT-2's linear, whose dense weight is (inputs, outputs)
-        return GgufLinear(module.nx, module.nf, True, type, packed)  # type: ignore[arg-type]
+        return GgufLinear(module.nx, module.nf, True, type, packed)
     return GgufLinear(module.in_features, module.out_features, module.bias is not None, type, packed)  # type: ignore[arg-type]
