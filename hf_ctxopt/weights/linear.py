@@ -23,7 +23,7 @@ class _Packed(nn.Module):
     """
 
     def __init__(self, rows: int, columns: int, type: str, packed: bool) -> None:
-        super().__init__()
+        nn.Module.__init__(self)  # past nn.Linear's, which would make a dense weight
         self.block_type = block_type(type).name
         width = packed_columns(columns, type)
         empty = torch.empty(rows, width, dtype=torch.uint8) if packed else torch.empty(rows, columns)
@@ -40,8 +40,8 @@ class _Packed(nn.Module):
         return self.weight
 
 
-class GgufLinear(_Packed):
-    """`nn.Linear` with a packed weight; the bias stays as it was.
+class GgufLinear(_Packed, nn.Linear):
+    """`nn.Linear` with a packed weight; the bias stays as it was. One by type too: PEFT puts adapters on no other.
 
     Args:
         in_features, out_features: as of `nn.Linear`.
