@@ -22,6 +22,8 @@ class _Packed(nn.Module):
             replaces with the packed one (transformers 5.17 would cast what it reads to the placeholder's dtype).
     """
 
+    weight: Tensor
+
     def __init__(self, rows: int, columns: int, type: str, packed: bool) -> None:
         nn.Module.__init__(self)  # past nn.Linear's, which would make a dense weight
         self.block_type = block_type(type).name
@@ -53,7 +55,8 @@ class GgufLinear(_Packed, nn.Linear):
     def __init__(self, in_features: int, out_features: int, bias: bool, type: str, packed: bool = True) -> None:
         super().__init__(out_features, in_features, type, packed)
         self.in_features, self.out_features = in_features, out_features
-        self.bias = nn.Parameter(torch.empty(out_features), requires_grad=False) if bias else None
+        held = nn.Parameter(torch.empty(out_features), requires_grad=False) if bias else None
+        self.register_parameter("bias", held)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) to (..., out_features), in x's dtype."""

@@ -36,11 +36,11 @@ class GgufLora(_Lora):  # type: ignore[misc, unused-ignore]
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
     ) -> nn.Module:
         """What takes this layer's place: the packed linear, or, merged, a dense one in the adapters' dtype."""
-        base: GgufLinear = self.get_base_layer()
+        base: Any = self.get_base_layer()
         names = [name for name in (adapter_names or self.active_adapters) if name in self.lora_A]
         if not merge or not names:
-            return base
-        dtype = self.lora_A[names[0]].weight.dtype
+            return base  # type: ignore[no-any-return]
+        dtype: Any = self.lora_A[names[0]].weight.dtype
         with torch.device(base.weight.device):
             dense = nn.Linear(base.in_features, base.out_features, base.bias is not None, dtype=dtype)
         # PEFT's own merge, so that its variants count: the adapter is moved onto the dense weight first.

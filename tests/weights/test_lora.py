@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-peft = pytest.importorskip("peft")
+pytest.importorskip("peft")
+import peft
 from transformers import LlamaForCausalLM
 
 import hf_ctxopt
