@@ -74,7 +74,7 @@ def main(args: argparse.Namespace) -> int:
     others = {"hqq": ("hqq 4-bit", hqq), "bitsandbytes": ("bitsandbytes nf4", nf4)}
     missing = [package for package in others if find_spec(package) is None]
     rows: list[dict[str, Any]] = []
-    for name in [*RATIOS, *(label for package, (label, _) in others.items() if package not in missing)]:
+    for name in [*args.mixes, *(label for package, (label, _) in others.items() if package not in missing)]:
         model = load_smollm2()[0]
         if name in RATIOS:
             hf_ctxopt.quantize_(model, name)
@@ -98,6 +98,7 @@ def main(args: argparse.Namespace) -> int:
 
 if __name__ == "__main__":
     parser = arguments(__doc__)
+    parser.add_argument("--mixes", nargs="+", default=list(RATIOS), choices=list(RATIOS))
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--context", type=int, default=512, help="tokens of a window")
     raise SystemExit(main(parser.parse_args()))
