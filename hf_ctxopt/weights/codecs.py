@@ -74,8 +74,8 @@ def encode_searched(weight: Tensor, type: str) -> Tensor:
     """As `encode`, with the scales of the flat types searched for, as with an importance that is the same everywhere.
 
     ggml's encoders only round to the range of a block there. That is what `encode` must equal, but models whose
-    columns are no multiple of 256 rest on these types, and the search halves what they lose (SmolLM2: Q5_K_M is worse
-    than Q4_K_M without it).
+    columns are no multiple of 256 rest on these types. The search takes 5 to 11 % off the error of normal weights, and
+    far more where weights were on a coarser grid before.
     """
     return encode(weight, type, weight.new_ones(weight.shape[-1]) if type in _ROUNDED else None)
 
