@@ -107,6 +107,8 @@ GGUF_ROWS = 16  # rows of activations that the kernels over GGUF blocks serve; m
 
 def gguf_kernel(device: torch.device) -> Callable[[Tensor, Tensor, str], Tensor] | None:
     """What multiplies up to `GGUF_ROWS` rows by a packed weight on `device`, see `gguf_triton.matmul`; or `None`."""
+    if device.type == "cpu":
+        return _gguf_native()
     return None if why_not(device) is not None else _gguf_triton()
 
 
@@ -115,3 +117,18 @@ def _gguf_triton() -> Callable[[Tensor, Tensor, str], Tensor]:
     from .gguf_triton import matmul
 
     return _on_its_device(matmul)
+
+
+def gguf_decoder(device: torch.device) -> Callable[[Tensor, str], Tensor] | None:
+    """What decodes a packed weight to float32 on `device` faster than torch, see `native.gguf.decode`; or `None`."""
+    if device.type != "cpu" or _gguf_native() is None:
+        return None
+    from .native.gguf import decode
+
+    return decode
+
+
+def _gguf_native() -> Callable[[Tensor, Tensor, str], Tensor] | None:
+    from .native import gguf
+
+    return gguf.matmul if gguf.available() else None

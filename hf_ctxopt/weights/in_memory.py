@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .codecs import encode
+from .codecs import encode_searched
 from .config import GgufQuantConfig
 from .linear import GgufEmbedding, GgufLinear
 from .selection import replacement, types_of
@@ -61,7 +61,7 @@ def _packed(module: Any, type: str, shared: dict[int, nn.Parameter], kept: list[
     with torch.device("meta"):
         new = replacement(module, type, weight.dtype, packed=True)
     if id(weight) not in shared:
-        shared[id(weight)] = nn.Parameter(encode(weight, type), requires_grad=False)
+        shared[id(weight)] = nn.Parameter(encode_searched(weight, type), requires_grad=False)
         kept.append(weight)
         weight.data = weight.new_empty(0)
     new.weight = shared[id(weight)]

@@ -22,8 +22,10 @@ class _Packed(nn.Module):
             replaces with the packed one (transformers 5.17 would cast what it reads to the placeholder's dtype).
     """
 
+    weight: Tensor
+
     def __init__(self, rows: int, columns: int, type: str, packed: bool) -> None:
-        super().__init__()
+        nn.Module.__init__(self)  # past nn.Linear's, which would make a dense weight
         self.block_type = block_type(type).name
         width = packed_columns(columns, type)
         empty = torch.empty(rows, width, dtype=torch.uint8) if packed else torch.empty(rows, columns)
@@ -40,8 +42,8 @@ class _Packed(nn.Module):
         return self.weight
 
 
-class GgufLinear(_Packed):
-    """`nn.Linear` with a packed weight; the bias stays as it was.
+class GgufLinear(_Packed, nn.Linear):
+    """`nn.Linear` with a packed weight; the bias stays as it was. One by type too: PEFT puts adapters on no other.
 
     Args:
         in_features, out_features: as of `nn.Linear`.
@@ -53,7 +55,8 @@ class GgufLinear(_Packed):
     def __init__(self, in_features: int, out_features: int, bias: bool, type: str, packed: bool = True) -> None:
         super().__init__(out_features, in_features, type, packed)
         self.in_features, self.out_features = in_features, out_features
-        self.bias = nn.Parameter(torch.empty(out_features), requires_grad=False) if bias else None
+        held = nn.Parameter(torch.empty(out_features), requires_grad=False) if bias else None
+        self.register_parameter("bias", held)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) to (..., out_features), in x's dtype."""

@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers.core_model_loading import ConversionOps
 from transformers.quantizers.quantizers_utils import get_module_from_name
 
-from .codecs import encode
+from .codecs import encode_searched
 
 
 class PackOp(ConversionOps):
@@ -24,4 +24,4 @@ class PackOp(ConversionOps):
         (value,) = input_dict.values()
         weight: Tensor = value[0] if isinstance(value, list) else value
         module, _ = get_module_from_name(model, full_layer_name)
-        return {full_layer_name: encode(weight, module.block_type)}
+        return {full_layer_name: encode_searched(weight, module.block_type)}

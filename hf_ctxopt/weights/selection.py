@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from ..errors import ConfigError
 from .blocks import BLOCKS, packed_columns
@@ -119,4 +120,6 @@ def replacement(module: nn.Module, type: str, dtype: torch.dtype, packed: bool) 
         return GgufEmbedding(
             module.num_embeddings, module.embedding_dim, type, dtype, scale, module.padding_idx, packed
         )
+    if isinstance(module, Conv1D):  # GPT-2's linear, whose dense weight is (inputs, outputs)
+        return GgufLinear(module.nx, module.nf, True, type, packed)
     return GgufLinear(module.in_features, module.out_features, module.bias is not None, type, packed)  # type: ignore[arg-type]

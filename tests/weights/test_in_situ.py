@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import hf_ctxopt
-from hf_ctxopt.weights.codecs import decode, encode
+from hf_ctxopt.weights.codecs import decode, encode, encode_searched
 from hf_ctxopt.weights.linear import GgufEmbedding, GgufLinear
 from hf_ctxopt.weights.matmul import decoded_matmul
 
@@ -91,3 +91,16 @@ def test_gradient_passes_a_packed_weight() -> None:
     x = torch.randn(3, 64, requires_grad=True)
     decoded_matmul(x, packed, "Q8_0").sum().backward()
     torch.testing.assert_close(x.grad, decode(packed, "Q8_0").sum(0).expand(3, -1))
+
+
+def test_flat_types_are_searched() -> None:
+    """A weight that was on a 4-bit grid once is on a 5-bit one: plain rounding to a block's range misses it."""
+    grid = decode(encode(torch.randn(16, 64), "Q4_1"), "Q4_1")
+    assert float((decode(encode(grid, "Q5_1"), "Q5_1") - grid).norm() / grid.norm()) > 0.01
+    found = decode(encode_searched(grid, "Q5_1"), "Q5_1")
+    assert float((found - grid).norm() / grid.norm()) < 0.01
+    model = tiny(False)
+    down = model.model.layers[0].mlp.down_proj.weight.detach().clone()  # 288 columns: Q5_1 stands in for Q5_K
+    hf_ctxopt.quantize_(model, "Q5_K_M", include=["down_proj"])
+    packed = model.model.layers[0].mlp.down_proj
+    assert torch.equal(packed.weight, encode_searched(down, packed.block_type))

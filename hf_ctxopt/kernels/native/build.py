@@ -1,6 +1,6 @@
-"""Compiles `attention.cpp` for this machine's processor, once, and loads it with ctypes.
+"""Compiles `attention.cpp` and `gguf.cpp` for this machine's processor, once, and loads them with ctypes.
 
-The library knows nothing of torch: plain pointers, a build of two seconds, no dependence on torch's ABI. It is kept in
+A library knows nothing of torch: plain pointers, a build of two seconds, no dependence on torch's ABI. It is kept in
 `$CTXOPT_CACHE_DIR/native` (default `$XDG_CACHE_HOME/hf_ctxopt`), a folder that only its owner may write, under a
 name made of source, processor, compiler and flags: a home folder shared by unlike machines holds one for each.
 """
@@ -18,10 +18,11 @@ import subprocess
 import tempfile
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
-SOURCE = Path(__file__).with_name("attention.cpp")
+SOURCE, GGUF_SOURCE = (Path(__file__).with_name(name) for name in ("attention.cpp", "gguf.cpp"))
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-fPIC", "-shared", "-w")
 _TIMEOUT = 120  # seconds; the build takes two on an idle machine
 
@@ -33,12 +34,20 @@ class NotBuilt(Exception):
 
 
 def library() -> ctypes.CDLL:
-    """The loaded library, compiled if need be.
+    """The loaded library of attention, compiled if need be.
 
     Raises:
         NotBuilt: it is switched off, or there is no compiler, or it failed; not tried again in this process.
     """
-    found = _loaded()
+    return _or_raise(_loaded(SOURCE))
+
+
+def gguf_library() -> ctypes.CDLL:
+    """The loaded library over GGUF blocks, compiled if need be. Raises `NotBuilt`, as `library` does."""
+    return _or_raise(_loaded(GGUF_SOURCE))
+
+
+def _or_raise(found: ctypes.CDLL | str) -> ctypes.CDLL:
     if isinstance(found, str):
         raise NotBuilt(found)
     return found
@@ -50,38 +59,45 @@ def forget() -> None:
 
 
 @cache
-def _loaded() -> ctypes.CDLL | str:
+def _loaded(source: Path) -> ctypes.CDLL | str:
     if os.environ.get("CTXOPT_NATIVE", "1") == "0":
         return "CTXOPT_NATIVE=0 switches the CPU kernel off"
     compiler = shutil.which("g++") if os.name == "posix" else None
     if compiler is None:
         return "there is no g++ to compile the CPU kernel with"
     try:
-        path = _build(compiler)
+        path = _build(compiler, source)
         loaded = ctypes.CDLL(str(path))
     except subprocess.CalledProcessError as error:
         return f"g++ could not compile the CPU kernel: {(error.stderr or '').strip()[:500]}"
     except (OSError, RuntimeError, subprocess.TimeoutExpired) as error:  # RuntimeError: there is no home folder
         return f"the CPU kernel could not be built or loaded: {error}"
     number, pointer, real = ctypes.c_int64, ctypes.c_void_p, ctypes.c_float
-    loaded.ctxopt_attend.argtypes = (pointer, *[number] * 5, real, real, pointer, pointer, number, pointer)
-    loaded.ctxopt_attend.restype = None
+    arguments: dict[str, tuple[Any, ...]] = {
+        "ctxopt_attend": (pointer, *[number] * 5, real, real, pointer, pointer, number, pointer),
+        "ctxopt_gguf_matmul": (number, pointer, pointer, *[number] * 4, pointer),
+        "ctxopt_gguf_decode": (number, pointer, number, number, pointer),
+    }
+    for name, types in arguments.items():
+        function = getattr(loaded, name, None)
+        if function is not None:
+            function.argtypes, function.restype = types, None
     return loaded
 
 
-def _build(compiler: str) -> Path:
+def _build(compiler: str, source: Path) -> Path:
     """The library's path; compiled under a temporary name, so that no process ever loads half of it."""
     runtime = _openmp()
     words = [_processor(), compiler, *FLAGS, *runtime, torch.__version__, platform.machine()]
-    key = hashlib.sha256(SOURCE.read_bytes() + "\0".join(words).encode()).hexdigest()[:24]
+    key = hashlib.sha256(source.read_bytes() + "\0".join(words).encode()).hexdigest()[:24]
     folder = _folder()
-    path = folder / f"attention-{key}.so"
+    path = folder / f"{source.stem}-{key}.so"
     if not path.exists():
         handle, name = tempfile.mkstemp(suffix=".so.tmp", dir=folder)
         os.close(handle)
         try:
             logger.info("compiling the CPU kernel once, into %s", path)
-            command = [compiler, *FLAGS, "-o", name, str(SOURCE), "-Wl,--as-needed", *runtime]
+            command = [compiler, *FLAGS, "-o", name, str(source), "-Wl,--as-needed", *runtime]
             subprocess.run(command, check=True, capture_output=True, text=True, timeout=_TIMEOUT)
             Path(name).replace(path)
         finally:
