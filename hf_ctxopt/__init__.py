@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from .planner.plan import Plan
     from .planner.search import plan
     from .weights.config import GgufQuantConfig
+    from .weights.gguf_load import load_gguf
     from .weights.in_memory import quantize_
 
 __version__ = "0.1.0"
@@ -58,6 +59,7 @@ __all__ = [
     "__version__",
     "drop_store",
     "load",
+    "load_gguf",
     "load_store",
     "make_cache",
     "patch_model",
@@ -82,6 +84,7 @@ _LAZY = {
     "Session": ".integration.session",
     "drop_store": ".caches.stores",
     "load": ".integration.load",
+    "load_gguf": ".weights.gguf_load",
     "load_store": ".integration.saved",
     "priorities_from_messages": ".integration.messages",
     "save_store": ".integration.saved",
