@@ -3,6 +3,9 @@
 HQQ (4 bits, groups of 64) and bitsandbytes nf4 (blocks of 64) quantize, as transformers' integrations have them, the
 linears of the decoder layers and leave the embedding that is the head in float32; GGUF mixes pack both. A package
 that is not installed is left out and named.
+
+Two things favour GGUF here. SmolLM2's 576 columns turn Q4_K into Q5_0, so its Q4_K_M is 6.2 bits a weight, while HQQ
+and nf4 hold 4.5 bits in the layers. And the float32 reference was unpacked from a Q4_1 file, whose grid Q5_1 meets.
 """
 
 from __future__ import annotations
