@@ -12,6 +12,7 @@ import hashlib
 import json
 import math
 import os
+import shutil
 import tempfile
 import time
 from collections.abc import Mapping
@@ -63,18 +64,17 @@ def write(path: str | Path, tensors: Mapping[str, Tensor], body: Mapping[str, An
     path = Path(path)
     _sweep(path)
     text = json.dumps(body)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")  # mode 0600
-    os.close(handle)
-    part = Path(name)
+    # A folder of mode 0700: the library that writes has temporary files of its own beside the one it is told.
+    folder = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part"))
     try:
+        part = folder / "pages"
         held = {key: tensor.contiguous() for key, tensor in tensors.items()}
         save_file(held, part, metadata={"body": text, "digest": "0" * 64})
         _sign(part)
         part.chmod(0o600)
         os.replace(part, path)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
     _sync(path.parent)
 
 
@@ -106,7 +106,7 @@ def _sweep(path: Path) -> None:
     for part in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
         try:
             if time.time() - part.stat().st_mtime > _STALE:
-                part.unlink()
+                shutil.rmtree(part)
         except OSError:
             continue
 
