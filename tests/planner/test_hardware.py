@@ -19,7 +19,8 @@ def test_the_cpu_is_always_there() -> None:
     found = devices()
     assert found[-1].device == "cpu"
     assert 0 < found[-1].free <= found[-1].total
-    assert device_of("cpu") == device_of(torch.device("cpu"))
+    one, other = device_of("cpu"), device_of(torch.device("cpu"))
+    assert (one.device, one.name, one.total) == (other.device, other.name, other.total)  # what is free may change
     if not torch.cuda.is_available():
         assert not best_device().accelerator
     with pytest.raises(ConfigError, match="cpu"):

@@ -156,14 +156,15 @@ _KILLER = """
 import os, signal, sys, time, torch
 from hf_ctxopt.pages import snapshot
 torch.set_num_threads(1)
-path, last = sys.argv[1], 0
+path, last, parent = sys.argv[1], 0, os.getpid()
 for moment in range(10):
     child = os.fork()
     if child == 0:
         number = last
-        while True:
+        while os.getppid() == parent:
             number += 1
             snapshot.write(path, {"x": torch.full((1 << 19,), float(number))}, {"number": number})
+        os._exit(1)
     while not os.path.exists(path) or snapshot.read(path).body["number"] == last:
         time.sleep(0.001)
     time.sleep(0.0011 * moment)  # somewhere in a later save
