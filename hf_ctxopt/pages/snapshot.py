@@ -18,7 +18,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import safe_open
@@ -42,15 +42,26 @@ class Stored:
         path: where it lies.
         body: the caller's values.
         shapes: name → dtype and shape of each tensor.
+        inode: tells the file from one that has taken its name since.
     """
 
     path: Path
     body: dict[str, Any]
     shapes: dict[str, tuple[torch.dtype, tuple[int, ...]]]
+    inode: int
 
     def tensors(self) -> Any:
-        """The open file, for `get_tensor(name)`: tensors are read one at a time."""
-        return safe_open(str(self.path), framework="pt")
+        """The open file, for `get_tensor(name)`: tensors are read one at a time.
+
+        Raises:
+            CorruptFileError: another file has taken its place since it was checked.
+        """
+        opened = safe_open(str(self.path), framework="pt")
+        if self.path.stat().st_ino != self.inode:
+            raise CorruptFileError(
+                str(self.path), "another file has taken its place since it was checked; load it again"
+            )
+        return opened
 
 
 def write(path: str | Path, tensors: Mapping[str, Tensor], body: Mapping[str, Any]) -> None:
@@ -86,19 +97,21 @@ def read(path: str | Path) -> Stored:
     """
     path = Path(path)
     try:
-        header, start = _header(path)
-        shapes = _shapes(header, path.stat().st_size - start)
-        meta = header["__metadata__"]
-        if not isinstance(meta, dict) or set(meta) != {"body", "digest"}:
-            raise ValueError("not a file of saved pages")
-        if meta["digest"] != _digest(path, header, start):
-            raise ValueError("its checksum is not that of its content")
+        with path.open("rb") as file:  # one file from here on, whoever saves to this name meanwhile
+            size, inode = os.fstat(file.fileno()).st_size, os.fstat(file.fileno()).st_ino
+            header, start = _header(file, size)
+            shapes = _shapes(header, size - start)
+            meta = header["__metadata__"]
+            if not isinstance(meta, dict) or set(meta) != {"body", "digest"}:
+                raise ValueError("not a file of saved pages")
+            if meta["digest"] != _digest(file, header, start):
+                raise ValueError("its checksum is not that of its content")
         body = json.loads(meta["body"])
         if not isinstance(body, dict):
             raise ValueError("its body is not an object")
     except (ValueError, KeyError, TypeError, OSError, RecursionError, OverflowError) as error:
         raise CorruptFileError(str(path), str(error) or type(error).__name__) from error
-    return Stored(path, body, shapes)
+    return Stored(path, body, shapes, inode)
 
 
 def _sweep(path: Path) -> None:
@@ -111,13 +124,11 @@ def _sweep(path: Path) -> None:
             continue
 
 
-def _header(path: Path) -> tuple[dict[str, Any], int]:
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if size < 10 or length > min(size - 8, _MOST_HEADER):
-            raise ValueError(f"a header of {length} bytes in a file of {size}")
-        raw = file.read(length)
+def _header(file: BinaryIO, size: int) -> tuple[dict[str, Any], int]:
+    length = int.from_bytes(file.read(8), "little")
+    if size < 10 or length > min(size - 8, _MOST_HEADER):
+        raise ValueError(f"a header of {length} bytes in a file of {size}")
+    raw = file.read(length)
     if not raw.startswith(b"{"):
         raise ValueError("the header is not JSON")
     header = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique)
@@ -160,22 +171,22 @@ def _shapes(header: dict[str, Any], data: int) -> dict[str, tuple[torch.dtype, t
     return found
 
 
-def _digest(path: Path, header: dict[str, Any], start: int) -> str:
+def _digest(file: BinaryIO, header: dict[str, Any], start: int) -> str:
     """SHA-256 over the header without its digest, and the data."""
     rest = {**header, "__metadata__": {"body": header["__metadata__"]["body"]}}
     total = hashlib.sha256(json.dumps(rest, sort_keys=True).encode())
-    with path.open("rb") as file:
-        file.seek(start)
-        while piece := file.read(_PIECE):
-            total.update(piece)
+    file.seek(start)
+    while piece := file.read(_PIECE):
+        total.update(piece)
     return total.hexdigest()
 
 
 def _sign(path: Path) -> None:
     """Put the digest in the place that was left for it, and bring the file to the disk."""
-    header, start = _header(path)
-    digest = _digest(path, header, start)
     with path.open("r+b") as file:
+        header, start = _header(file, path.stat().st_size)
+        digest = _digest(file, header, start)
+        file.seek(0)
         raw = file.read(start)
         place = raw.index(b'"digest":"' + b"0" * 64) + len(b'"digest":"')
         file.seek(place)
