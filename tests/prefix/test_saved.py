@@ -196,6 +196,17 @@ def test_kill_nine_at_ten_moments_of_saving_leaves_an_old_file_or_a_new_one(tmp_
     assert sorted(tmp_path.iterdir()) == sorted([file, young])
 
 
+def test_a_file_that_is_replaced_while_it_is_read_is_noticed(tmp_path: Path) -> None:
+    file = tmp_path / "store.kv"
+    snapshot.write(file, {"x": torch.zeros(3)}, {"number": 0})
+    found = snapshot.read(file)
+    snapshot.write(file, {"x": torch.ones(4)}, {"number": 1})
+    with pytest.raises(CorruptFileError, match="place"):
+        found.tensors()
+    with snapshot.read(file).tensors() as opened:
+        assert opened.get_tensor("x").sum() == 4
+
+
 def test_no_pickle_anywhere() -> None:
     package = Path(hf_ctxopt.__file__).parent
     for path in package.rglob("*.py"):
