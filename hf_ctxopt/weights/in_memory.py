@@ -43,7 +43,7 @@ def quantize_(
             new = _packed(module, type, shared, kept)
             done.append((name, module))
             model.set_submodule(name, new)
-    except Exception:
+    except BaseException:  # an interrupt too: the model is left as it was
         for name, old in done:
             packed = model.get_submodule(name)
             old.weight = nn.Parameter(packed.dequantize(old.weight.dtype))

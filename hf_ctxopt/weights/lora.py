@@ -50,7 +50,7 @@ class GgufLora(_Lora):  # type: ignore[misc, unused-ignore]
         self.base_layer = dense
         try:
             super().merge(safe_merge=safe_merge, adapter_names=names)
-        except Exception:
+        except BaseException:  # an interrupt too
             self.base_layer = base
             raise
         return dense
