@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import DynamicCache
 
 import hf_ctxopt
 from hf_ctxopt.integration.compat import generate_argument
@@ -53,6 +54,25 @@ def feed(model: Any, cache: Any, ids: list[int], chunk: int) -> torch.Tensor:
     return logits[0]
 
 
+def side_by_side(model: Any, cache: Any) -> DynamicCache:
+    """A DynamicCache of exactly the tokens that are kept, but for the newest, at positions 0, 1, 2 ..."""
+    kept, group = DynamicCache(config=model.config), cache.groups[0]
+    stretches = group.rows[0].stretches(group.page_size, 0)
+    tokens = torch.tensor([t for part in stretches for t in range(part.token, part.token + part.length)][:-1])
+
+    def turned(keys: torch.Tensor, places: torch.Tensor, sign: int) -> torch.Tensor:
+        cos, sin = (table[0] for table in model.model.rotary_emb(torch.zeros(1, 1, 1), places[None]))
+        first, second = keys.chunk(2, dim=-1)
+        return keys * cos + sign * sin * torch.cat([-second, first], dim=-1)
+
+    for layer in group.layers:
+        parts = [group.storages[layer].read(part) for part in stretches]
+        keys, values = (torch.cat(states, dim=1)[:, :-1] for states in zip(*parts, strict=True))
+        keys = turned(turned(keys, tokens, -1), torch.arange(len(tokens)), 1)
+        kept.update(keys[None], values[None], layer)
+    return kept
+
+
 @pytest.mark.slow
 def test_a_fact_outlives_what_came_after_it(smollm2: Any) -> None:
     """Its pages are held and it is still known; by recency alone it is gone after a fifth of the text."""
@@ -66,11 +86,13 @@ def test_a_fact_outlives_what_came_after_it(smollm2: Any) -> None:
         cache = hf_ctxopt.make_cache(model, "ctx_priority", priorities=ranges, **options)
         feed(model, cache, ids, 256)
         held = {page for page, _ in cache.groups[0].rows[0].pages()}
+        got = feed(model, cache, [ids[5]], 1)
+        torch.testing.assert_close(got, feed(model, side_by_side(model, cache), [ids[5]], 1), atol=1e-3, rtol=0)
         logits = feed(model, cache, question, 256)
         nats[name] = -float(logits[-1].log_softmax(-1)[word])
         pages = set(range(-(-len(head) // 16)))
         assert pages <= held if ranges else not pages & held
-        assert cache.stats()["tokens_seen"] == length + len(question)
+        assert cache.stats()["tokens_seen"] == length + 1 + len(question)
         assert cache.stats()["tokens_held"] <= 1024 + 256
     assert nats["ranked"] < 4 < nats["recent"] - 4
 
