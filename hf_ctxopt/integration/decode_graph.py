@@ -17,7 +17,6 @@ import functools
 import inspect
 import weakref
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -31,6 +30,7 @@ from ..errors import CtxoptError, IntegrityError
 from .capture import Capture, capture
 from .compat import cache_in
 from .compiled import CompiledLayers
+from .fused import FusedParts
 from .graph_rules import Step, named_arguments, read_step, refusal
 
 # Largest difference of a replay and an eager run, as a share of the logits' norm. What a graph has taken from the host
@@ -51,7 +51,7 @@ class DecodeGraph:
         self._model, self.compiled, self.before = weakref.ref(model), compiled, before
         self._checked = False  # a replay has been compared with an eager run
         self._barred: str | None = None  # why this model's steps are not captured
-        self._layers = CompiledLayers() if compiled else None
+        self._parts = CompiledLayers() if compiled else FusedParts()
         self.__signature__ = inspect.signature(functools.partial(type(model).forward, model))
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -116,7 +116,7 @@ class DecodeGraph:
                     raise NotReplayable(context.barred)
                 context.captured, context.warmed = None, key  # the old graph's memory goes before the new one's comes
                 context.graph["warm-ups"] += 1
-                output = self._run(cache, step, base, trusted=False)
+                output = self._warm_up(model, cache, step, base)
                 finish_step(cache)
                 return output
             held = self._capture(model, cache, step, base, key)
@@ -142,16 +142,22 @@ class DecodeGraph:
             cache.context.barred = str(reason)  # it is the model's way, and not to be tried at every step
             raise
 
+    def _warm_up(self, model: nn.Module, cache: PageCache, step: Step, base: int) -> Any:
+        """The planned step with the kernels that will be captured; what compiles itself does so when captured."""
+        if self.compiled:
+            return self._run(cache, step, base, trusted=False)
+        with self._parts.inside(model):
+            return self._run(cache, step, base, trusted=False)
+
     def _capture(self, model: nn.Module, cache: PageCache, step: Step, base: int, key: tuple[Any, ...]) -> Capture:
         context, forward = cache.context, self._forward
-        layers = nullcontext() if self._layers is None else self._layers.inside(model)
 
         def body(ids: Tensor, positions: Tensor) -> Any:
             with running(context, trusted=True):
                 return forward(**step.arguments(ids, positions, cache))
 
         try:
-            with layers:
+            with self._parts.inside(model):
                 held = capture(body, step.ids, step.positions - base, key, warm=self.compiled)
         except CtxoptError:
             raise
