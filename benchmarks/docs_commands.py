@@ -31,6 +31,8 @@ def _default(parameter: Any) -> str:
     if parameter.required:
         return "required"
     default = parameter.default
+    if parameter.secondary_opts and isinstance(default, bool):  # a pair of flags: the one that holds
+        return f"`{(parameter.opts if default else parameter.secondary_opts)[0]}`"
     if default is None or default is False or callable(default) or default == ():
         return ""
     if isinstance(default, (list, tuple)):

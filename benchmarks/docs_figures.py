@@ -34,7 +34,10 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]], below: str) -> st
 def _where(data: dict[str, Any]) -> str:
     """Device and versions, of either kind of file."""
     if "environment" not in data:
-        return ", ".join([data["device"], f"torch {data['torch']}", data["dtype"], f"commit `{data['commit'][:7]}`"]) + "."
+        return (
+            ", ".join([data["device"], f"torch {data['torch']}", data["dtype"], f"commit `{data['commit'][:7]}`"])
+            + "."
+        )
     where = data["environment"]
     return (
         f"{where['processor']}, {where['threads']} threads, torch {where['versions']['torch']}, "
@@ -69,7 +72,13 @@ def most(data: dict[str, Any]) -> str:
 def prefill(data: dict[str, Any]) -> str:
     """Seconds and peak memory of reading a prompt."""
     rows = [
-        [row["way"], f"{row['context']:,}", f"{row['seconds']:.2f}", f"{row['peak_gib']:.2f}", f"{row['held_gib']:.2f}"]
+        [
+            row["way"],
+            f"{row['context']:,}",
+            f"{row['seconds']:.2f}",
+            f"{row['peak_gib']:.2f}",
+            f"{row['held_gib']:.2f}",
+        ]
         for row in data["prefill"]
     ]
     weights = data["weights_gib"]
@@ -85,7 +94,9 @@ def attention(data: dict[str, Any]) -> str:
         cells = [f"{row['context']:,}", str(row["batch"]), str(row["bits"]), f"{row['cold_us']:.0f}"]
         rows.append([*cells, f"{row['floor_us']:.0f}", "" if peer is None else f"{peer:.0f}"])
     head = ("context", "batch", "bits", "µs, cold", "µs to read the bytes", "torch's FlashAttention")
-    return _table(head, rows, f"One layer, {data['shape']}; each call finds its pages out of the L2 cache. {_where(data)}")
+    return _table(
+        head, rows, f"One layer, {data['shape']}; each call finds its pages out of the L2 cache. {_where(data)}"
+    )
 
 
 def cpu(data: dict[str, Any]) -> str:
@@ -160,7 +171,8 @@ def sinks(data: dict[str, Any]) -> str:
     name = "at the samples"
     rows = [[way, f"{values[name]:.2f}"] for way, values in data["perplexity"].items()]
     tokens, window = data["settings"]["tokens"], data["settings"]["window"]
-    below = f"SmolLM2-135M-Instruct, {tokens:,} tokens, a window of {window}, {len(data['positions'])} samples. {_where(data)}"
+    samples = len(data["positions"])
+    below = f"SmolLM2-135M-Instruct, {tokens:,} tokens, a window of {window}, {samples} samples. {_where(data)}"
     return _table(("ctx_sink", "perplexity"), rows, below)
 
 

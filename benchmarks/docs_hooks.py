@@ -27,7 +27,6 @@ def on_files(files: Any, config: Any) -> Any:
             path = _outside(page.src_uri, target)
             if path is None or files.get_file_from_path(f"{PLACE}/{path}"):
                 continue
-            # A page among them is shown as it is written, not rendered.
             files.append(File.generated(config, f"{PLACE}/{path}", abs_src_path=str(ROOT / path)))
     return files
 
