@@ -95,11 +95,14 @@ def build(shape: dict[str, Any], plan: Plan) -> Any:
             new.weight = nn.Parameter(random_blocks(*old.weight.shape, type), requires_grad=False)
             model.set_submodule(name, new)
     model.tie_weights()
+    ends = {"embedding": model.get_input_embeddings(), "head": model.get_output_embeddings()}
+    staying = [ends[name] for name in plan.on_host]
     for module in model.modules():
         for key, part in list(module._parameters.items()):
             if part is None or not part.is_meta:
                 continue
-            new = torch.empty(part.shape, device="cuda", dtype=torch.bfloat16)
+            place = "cpu" if any(module is end for end in staying) else "cuda"
+            new = torch.empty(part.shape, device=place, dtype=torch.bfloat16)
             new.fill_(1.0) if part.dim() == 1 else new.normal_(0, 0.02)
             module._parameters[key] = nn.Parameter(new, requires_grad=False)
     model.tie_weights()
@@ -205,7 +208,14 @@ def main() -> None:
         "cases": [],
     }  # fmt: skip
     for case in cases:
-        row = measure(case)
+        start = time.monotonic()
+        try:
+            row = measure(case)
+        except (RuntimeError, ValueError) as error:  # one case must not end the others
+            row = {"case": vars(case), "error": f"{type(error).__name__}: {error}", "runs": []}
+            gc.collect()
+            torch.cuda.empty_cache()
+            print(case, row["error"][:600], flush=True)
         result["cases"].append(row)
         options.out.write_text(json.dumps(result, indent=1) + "\n")
         for found in row["runs"]:
@@ -214,6 +224,7 @@ def main() -> None:
             print(
                 "   11 % more:",
                 row["beyond"].get("refused", "FITS: the plan left more than a tenth unused"),
+                f"{time.monotonic() - start:.0f} s",
                 flush=True,
             )
 
