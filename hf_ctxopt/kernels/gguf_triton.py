@@ -42,17 +42,17 @@ _FORMATS = {
     "Q5_0": (5, False, 32, 16), "Q5_1": (5, True, 32, 16),
 }  # fmt: skip
 # Outputs of a program for one row: enough to share the activations, few enough that 4,096 outputs fill a GPU.
-_TILES = {"Q4_K": 8, "Q5_K": 8, "Q6_K": 4, "Q8_0": 4, "Q4_0": 4, "Q4_1": 4, "Q5_0": 4, "Q5_1": 4}
+_TILES = {"Q4_K": 4, "Q5_K": 4, "Q6_K": 4, "Q8_0": 4, "Q4_0": 4, "Q4_1": 4, "Q5_0": 4, "Q5_1": 4}
 
 
 def choose(type: str, rows: int, columns: int) -> Launch:
     """The launch for so many rows; a program spans a row of 4,096 columns and takes few outputs, so that a weight of
     4,096 rows keeps every multiprocessor busy."""
     chunks = columns // _FORMATS[type][3]
-    width = 64 if type in ("Q4_K", "Q5_K") else 128
+    width = 64 if type.endswith("_K") else 128
     while width > 32 and width // 2 >= chunks:
         width //= 2
-    return Launch(_TILES[type] if rows == 1 else 4, width, 4)
+    return Launch(_TILES[type] if rows == 1 else 4, width, 2 if type in ("Q4_K", "Q5_K") else 4)
 
 
 def matmul(x: Tensor, packed: Tensor, type: str, launch: Launch | None = None) -> Tensor:
