@@ -13,10 +13,11 @@ from torch import Tensor
 from hf_ctxopt.kernels.gguf_flat_triton import matmul_flat
 from hf_ctxopt.kernels.gguf_k_triton import matmul_k
 from hf_ctxopt.kernels.gguf_q6_triton import matmul_q6
-from hf_ctxopt.kernels.paged_triton import starts_early
+from hf_ctxopt.kernels.paged_triton import INTERPRETED, starts_early
 
 ROWS = 16  # more rows are served by a dequantized weight
 _ONE = 0x3F800000  # the bits of the float32 1.0
+ASM = not INTERPRETED and torch.version.cuda is not None
 _KINDS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 
 
@@ -77,9 +78,9 @@ def matmul(x: Tensor, packed: Tensor, type: str, launch: Launch | None = None) -
     x = x.contiguous()
     wide = type in ("Q4_K", "Q5_K")
     if kind != 2:
-        if x.data_ptr() % 8:  # a view into the middle of something
+        if x.data_ptr() % 16:  # a view into the middle of something
             x = x.clone()
-        x = x.view(torch.int64 if wide else torch.int32)
+        x = x.view(torch.int32)
     early = starts_early(x.device)
     grid = (-(-rows // taken), -(-outputs // launch.tile))
     common = {"COLUMNS": columns, "KIND": kind, "TAKEN": taken, "TILE": launch.tile, "CHUNKS": launch.chunks,
@@ -87,7 +88,7 @@ def matmul(x: Tensor, packed: Tensor, type: str, launch: Launch | None = None) -
     if early:
         common["launch_pdl"] = True
     if wide:
-        matmul_k[grid](x, packed.view(torch.int32), out, rows, outputs, _ONE, BITS=bits, **common)
+        matmul_k[grid](x, packed.view(torch.int32), out, rows, outputs, BITS=bits, ASM=ASM, **common)
     elif type == "Q6_K":
         matmul_q6[grid](x, packed.view(torch.int16), out, rows, outputs, _ONE, **common)
     else:
