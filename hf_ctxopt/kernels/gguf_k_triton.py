@@ -12,8 +12,10 @@ from __future__ import annotations
 import triton
 from triton import language as tl
 
-from hf_ctxopt.kernels.gguf_fixed_triton import dot_eight, fixed, larger, load_four_pairs, size_of, sum_of, unit_of
+from hf_ctxopt.kernels.gguf_fixed_triton import dot_eight, fixed, largest_of, load_four_pairs, sum_of, unit_of
 from hf_ctxopt.kernels.gguf_parts_triton import half_of, split_four
+
+LIMIT = tl.constexpr(32767.0)  # two groups of Q4_K's 32 products of 15, this and 63 stay below 2^31
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -114,10 +116,7 @@ def matmul_k(  # type: ignore[no-untyped-def]
             p2, p3 = load_four_pairs(x, at + 2, given, KIND), load_four_pairs(x, at + 3, given, KIND)
             p4, p5 = load_four_pairs(x, at + 4, given, KIND), load_four_pairs(x, at + 5, given, KIND)
             p6, p7 = load_four_pairs(x, at + 6, given, KIND), load_four_pairs(x, at + 7, given, KIND)
-            near = larger(larger(size_of(p0), size_of(p1)), larger(size_of(p2), size_of(p3)))
-            far = larger(larger(size_of(p4), size_of(p5)), larger(size_of(p6), size_of(p7)))
-            s0, s1, s2, s3 = split_four(larger(near, far), CHUNKS, 1)
-            scale, back = unit_of(larger(larger(s0, s1), larger(s2, s3)))
+            scale, back = unit_of(largest_of(p0, p1, p2, p3, p4, p5, p6, p7, CHUNKS), LIMIT)
             x0, x1 = fixed(p0, scale, CHUNKS, ASM), fixed(p1, scale, CHUNKS, ASM)
             x2, x3 = fixed(p2, scale, CHUNKS, ASM), fixed(p3, scale, CHUNKS, ASM)
             x4, x5 = fixed(p4, scale, CHUNKS, ASM), fixed(p5, scale, CHUNKS, ASM)

@@ -16,7 +16,6 @@ from hf_ctxopt.kernels.gguf_q6_triton import matmul_q6
 from hf_ctxopt.kernels.paged_triton import INTERPRETED, starts_early
 
 ROWS = 16  # more rows are served by a dequantized weight
-_ONE = 0x3F800000  # the bits of the float32 1.0
 ASM = not INTERPRETED and torch.version.cuda is not None
 _KINDS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 
@@ -38,7 +37,7 @@ class Launch:
 
 # Type -> (bits, minimum, columns of a block, weights of a chunk)
 _FORMATS = {
-    "Q4_K": (4, True, 256, 64), "Q5_K": (5, True, 256, 64), "Q6_K": (6, False, 256, 32),
+    "Q4_K": (4, True, 256, 64), "Q5_K": (5, True, 256, 64), "Q6_K": (6, False, 256, 64),
     "Q8_0": (8, False, 32, 16), "Q4_0": (4, False, 32, 16), "Q4_1": (4, True, 32, 16),
     "Q5_0": (5, False, 32, 16), "Q5_1": (5, True, 32, 16),
 }  # fmt: skip
@@ -90,7 +89,7 @@ def matmul(x: Tensor, packed: Tensor, type: str, launch: Launch | None = None) -
     if wide:
         matmul_k[grid](x, packed.view(torch.int32), out, rows, outputs, BITS=bits, ASM=ASM, **common)
     elif type == "Q6_K":
-        matmul_q6[grid](x, packed.view(torch.int16), out, rows, outputs, _ONE, **common)
+        matmul_q6[grid](x, packed.view(torch.int16), out, rows, outputs, ASM=ASM, **common)
     else:
         matmul_flat[grid](x, packed.view(torch.int16), out, rows, outputs, BITS=bits, AFFINE=affine, **common)
     return out
