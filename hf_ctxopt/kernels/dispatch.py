@@ -145,13 +145,23 @@ def _gguf_triton() -> Callable[[Tensor, Tensor, str], Tensor]:
     return _on_its_device(matmul)
 
 
-def gguf_decoder(device: torch.device) -> Callable[[Tensor, str], Tensor] | None:
-    """What decodes a packed weight to float32 on `device` faster than torch, see `native.gguf.decode`; or `None`."""
-    if device.type != "cpu" or _gguf_native() is None:
-        return None
+def gguf_decoder(device: torch.device) -> Callable[[Tensor, str, torch.dtype], Tensor] | None:
+    """What decodes a packed weight on `device` faster than torch, see `gguf_decode_triton.decode`; or `None`."""
+    if device.type == "cpu":
+        return None if _gguf_native() is None else _native_decode
+    return None if why_not(device) is not None else _triton_decode
+
+
+def _native_decode(packed: Tensor, type: str, dtype: torch.dtype) -> Tensor:
     from .native.gguf import decode
 
-    return decode
+    return decode(packed, type).to(dtype)
+
+
+def _triton_decode(packed: Tensor, type: str, dtype: torch.dtype) -> Tensor:
+    from .gguf_decode_triton import decode
+
+    return decode(packed, type, dtype)
 
 
 def _gguf_native() -> Callable[[Tensor, Tensor, str], Tensor] | None:
