@@ -9,6 +9,7 @@ from transformers.core_model_loading import ConversionOps
 from transformers.quantizers.quantizers_utils import get_module_from_name
 
 from .codecs import encode_searched
+from .mapped import release
 
 
 class PackOp(ConversionOps):
@@ -24,4 +25,6 @@ class PackOp(ConversionOps):
         (value,) = input_dict.values()
         weight: Tensor = value[0] if isinstance(value, list) else value
         module, _ = get_module_from_name(model, full_layer_name)
-        return {full_layer_name: encode_searched(weight, module.block_type)}
+        packed = encode_searched(weight, module.block_type)
+        release(weight, self.hf_quantizer.files)
+        return {full_layer_name: packed}

@@ -12,6 +12,7 @@ from transformers.quantizers.quantizers_utils import get_module_from_name
 from ..errors import ConfigError
 from .blocks import BLOCKS
 from .linear import GgufEmbedding, GgufLinear
+from .mapped import real_paths
 from .selection import replacement, types_of
 
 
@@ -19,9 +20,11 @@ class GgufQuantizer(HfQuantizer):
     """transformers' side of `GgufQuantConfig`."""
 
     requires_calibration = False
+    files: frozenset[str] = frozenset()  # what is loaded from; the loader's views of them are nobody else's
 
-    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
+    def _process_model_before_weight_loading(self, model: Any, checkpoint_files: Any = None, **kwargs: Any) -> None:
         config: Any = self.quantization_config
+        self.files = real_paths(checkpoint_files)
         if self.pre_quantized:
             if not config.types:
                 raise ConfigError("quantization_config.types", config.types, "the block type of each packed module")
