@@ -49,7 +49,7 @@ class Matrix:
         name: as `named_parameters` gives it.
         shape: (..., columns).
         linear: whether it is a linear layer's, which transformers' quantizers take.
-        packable: whether GGUF blocks can take its place (`weights/selection.py`): not experts in one tensor.
+        packable: whether GGUF blocks can take its place (`weights/selection.py`).
     """
 
     name: str
@@ -248,6 +248,7 @@ def _heads(text: Any, measured: tuple[int, int, int] | None) -> tuple[int, int, 
 def _matrices(module: Any) -> tuple[Matrix, ...]:
     from torch import nn
 
+    from ..weights.experts import PARTS, is_experts
     from ..weights.selection import is_embedding, is_linear
 
     linear, packable = set(), set()
@@ -256,6 +257,8 @@ def _matrices(module: Any) -> tuple[Matrix, ...]:
             linear.add(f"{name}.weight")
         if is_linear(part) or is_embedding(part):
             packable.add(f"{name}.weight")
+        elif is_experts(part):
+            packable.update(f"{name}.{own}" for own in PARTS)
     return tuple(Matrix(name, tuple(shape), name in linear, name in packable) for name, shape in weights_of(module))
 
 
