@@ -74,8 +74,8 @@ def matmul_k(  # type: ignore[no-untyped-def]
     BLOCKS: tl.constexpr = COLUMNS // 256
     ALL: tl.constexpr = BLOCKS * 4
     STEPS: tl.constexpr = (ALL + CHUNKS - 1) // CHUNKS
-    some = tl.program_id(0) * TAKEN
-    tile = tl.program_id(1) * TILE
+    some = tl.program_id(1) * TAKEN
+    tile = tl.program_id(0) * TILE
     output = tl.arange(0, TILE)
     packed += tile.to(tl.int64) * (BLOCKS * WORDS)
     # An output or a chunk too many reads the last one again: a mask would cost more than the loads it saves.

@@ -50,8 +50,11 @@ def _eight(d0, d1, d2, d3, x0, x1, x2, x3, near, far, upper, more_near, more_far
     """Adds the products of two words of codes of each group."""
     a0, a1, a2, a3 = _codes(near, far, upper)
     b0, b1, b2, b3 = _codes(more_near, more_far, more_upper)
-    return dot_eight(d0, x0, a0, b0, ASM), dot_eight(d1, x1, a1, b1, ASM), dot_eight(d2, x2, a2, b2, ASM), dot_eight(
-        d3, x3, a3, b3, ASM
+    return (
+        dot_eight(d0, x0, a0, b0, ASM),
+        dot_eight(d1, x1, a1, b1, ASM),
+        dot_eight(d2, x2, a2, b2, ASM),
+        dot_eight(d3, x3, a3, b3, ASM),
     )
 
 
@@ -82,8 +85,8 @@ def matmul_q6(  # type: ignore[no-untyped-def]
     BLOCKS: tl.constexpr = COLUMNS // 256
     ALL: tl.constexpr = BLOCKS * 4
     STEPS: tl.constexpr = (ALL + CHUNKS - 1) // CHUNKS
-    some = tl.program_id(0) * TAKEN
-    tile = tl.program_id(1) * TILE
+    some = tl.program_id(1) * TAKEN
+    tile = tl.program_id(0) * TILE
     output = tl.arange(0, TILE)
     # The program's first weight, at a multiple of 8 bytes, and the 16-bit words left over.
     first = tile.to(tl.int64) * (BLOCKS * 105)

@@ -81,7 +81,7 @@ def matmul(x: Tensor, packed: Tensor, type: str, launch: Launch | None = None) -
             x = x.clone()
         x = x.view(torch.int32)
     early = starts_early(x.device)
-    grid = (-(-rows // taken), -(-outputs // launch.tile))
+    grid = (-(-outputs // launch.tile), -(-rows // taken))  # a vocabulary's tiles outnumber the second dimension
     common = {"COLUMNS": columns, "KIND": kind, "TAKEN": taken, "TILE": launch.tile, "CHUNKS": launch.chunks,
               "EARLY": early, "num_warps": launch.warps}  # fmt: skip
     if early:
