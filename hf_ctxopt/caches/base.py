@@ -129,6 +129,7 @@ class PageCache(DynamicCache, ABC):
             "steps": {route: self.context.steps[route] for route in ("fused", "dense")},
             "fallbacks": dict(self.context.fallbacks),
             "graph": dict(self.context.graph),
+            "relief": dict(self.context.relief),
             "groups": groups,
         }
 

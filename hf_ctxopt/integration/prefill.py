@@ -23,13 +23,14 @@ from .chunking import chunk_size
 from .compat import cache_argument, cache_in, generate_argument
 from .fingerprint import fingerprint
 from .generate import only_text, slices_chunks
+from .halving import read_halving
 from .positions import padding_of
 
 Method = Callable[..., Any]
 
 
 def wrap_prefill(original: Method) -> Method:
-    """`GenerationMixin._prefill`, with what a prefix store has put into the cache first."""
+    """`GenerationMixin._prefill`, with what a prefix store has put into the cache first, and what `halving.py` does."""
 
     @functools.wraps(original)
     def prefill(
@@ -37,14 +38,15 @@ def wrap_prefill(original: Method) -> Method:
     ) -> Any:
         cache = attention_cache(cache_in(model_kwargs))
         if not isinstance(cache, PrefixCache):
-            return original(self, input_ids, generation_config, model_kwargs, *args, **kwargs)
+            return read_halving(original, self, input_ids, generation_config, model_kwargs, *args, **kwargs)
         prompt = _prompt(self, cache, input_ids, model_kwargs)
         if prompt is not None and not cache.get_seq_length():
             reuse(self, cache, prompt, generation_config)
         if prompt is None:
-            return original(self, input_ids, generation_config, model_kwargs, *args, **kwargs)
+            return read_halving(original, self, input_ids, generation_config, model_kwargs, *args, **kwargs)
         with kept_whole(cache):
-            outputs = original(self, input_ids, generation_config, model_kwargs, *args, **kwargs)
+            outputs = read_halving(original, self, input_ids, generation_config, model_kwargs, *args, **kwargs)
+            cache.texts = prompt.texts  # a chunk that was taken back has shortened them
             for row, text in enumerate(prompt.texts):
                 cache.keep(row, text)
         return outputs

@@ -1,0 +1,262 @@
+"""Memory runs out while a prompt is read: the chunk is halved, the prompt goes on, and the answer does not change."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import hf_ctxopt
+from hf_ctxopt.caches import context
+from hf_ctxopt.caches.base import PageCache
+from hf_ctxopt.integration.compat import generate_argument
+from hf_ctxopt.integration.halving import out_of_memory
+from tests.families import VOCAB, build, model_for
+from tests.feeding import pad_left, routed
+from tests.faults.test_allocation import failing
+
+CHUNK = 64
+HALVED = "a prefill chunk ran out of memory and was halved"
+ERRORS: dict[str, Callable[[], BaseException]] = {
+    "cuda": lambda: torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+    "cpu": lambda: RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory"),
+    "python": lambda: MemoryError(),
+}
+CACHES: dict[str, tuple[str, dict[str, Any]]] = {
+    "paged": ("ctx_paged", {"page_size": 8}),
+    "paged_int8": ("ctx_paged", {"page_size": 8, "kv_bits": 8}),
+    "paged_int4": ("ctx_paged", {"page_size": 8, "kv_bits": {"k": 4, "v": 2}}),
+    "sink_wide": ("ctx_sink", {"page_size": 8, "sinks": 4, "window": 300}),
+    "sink_wide_int4": ("ctx_sink", {"page_size": 8, "sinks": 4, "window": 300, "kv_bits": 4}),
+    "sink": ("ctx_sink", {"page_size": 8, "sinks": 4, "window": 40}),
+    "sink_int8": ("ctx_sink", {"page_size": 8, "sinks": 4, "window": 40, "kv_bits": 8}),
+}
+EXACT = [name for name in CACHES if "int" not in name]
+
+
+def text(rows: int = 1, seq: int = 150, seed: int = 7) -> tuple[Tensor, Tensor]:
+    """Ids and mask `(rows, seq)`, the second row 19 tokens shorter than the first and so on."""
+    draw = torch.Generator().manual_seed(seed)
+    return pad_left([torch.randint(2, VOCAB, (seq - 19 * row,), generator=draw) for row in range(rows)])
+
+
+def module_at(model: Any, place: int | str) -> nn.Module:
+    """The MLP of a layer, whose attention has run by then, or the head, before which all layers have."""
+    return model.get_output_embeddings() if place == "head" else model.get_decoder().layers[place].mlp
+
+
+@contextmanager
+def short_of_memory(
+    model: Any, place: int | str, calls: tuple[int, ...] = (), most: int | None = None, error: str = "cuda"
+) -> Iterator[list[int]]:
+    """A module raises at its `calls`-th calls, or at all with more than `most` tokens; yields the finished lengths."""
+    module, count, lengths = module_at(model, place), [0], list[int]()
+
+    def before(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        count[0] += 1
+        if count[0] in calls or (most is not None and args[0].shape[1] > most):
+            raise ERRORS[error]()
+
+    def after(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        lengths.append((args[0] if args else kwargs["input_ids"]).shape[1])
+
+    handles = [module.register_forward_pre_hook(before), model.register_forward_hook(after, with_kwargs=True)]
+    try:
+        yield lengths
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def run(model: Any, cache: PageCache, ids: Tensor, mask: Tensor, chunk: int | None = CHUNK, new: int = 6) -> Any:
+    """A greedy run from the prompt on, with the logits of each step."""
+    return model.generate(
+        ids, attention_mask=mask, do_sample=False, max_new_tokens=new, prefill_chunk_size=chunk,
+        return_dict_in_generate=True, output_logits=True, **{generate_argument(): cache},
+    )  # fmt: skip
+
+
+def assert_same(got: Any, want: Any, tolerance: float) -> None:
+    assert got.sequences.tolist() == want.sequences.tolist()
+    torch.testing.assert_close(torch.stack(got.logits), torch.stack(want.logits), atol=tolerance, rtol=0)
+
+
+@torch.no_grad()
+def by_lengths(model: Any, cache: PageCache, ids: Tensor, mask: Tensor, lengths: list[int]) -> Tensor:
+    """Last logits of a prompt fed in chunks of the given lengths by hand."""
+    at, places = 0, (mask.cumsum(-1) - 1).clamp(min=0)
+    for length in lengths:
+        stop = at + length
+        out = model(ids[:, at:stop], attention_mask=mask[:, :stop], position_ids=places[:, at:stop],
+                    use_cache=True, logits_to_keep=1, **{generate_argument(): cache})  # fmt: skip
+        at = stop
+    assert at == ids.shape[1]
+    return out.logits[:, -1]
+
+
+@pytest.mark.parametrize("route", ["dense", "fused"])
+@pytest.mark.parametrize("name", CACHES)
+@pytest.mark.parametrize("rows", [1, 2])
+def test_every_layer_and_several_chunks(route: str, name: str, rows: int) -> None:
+    """What is read in smaller chunks is what an unbroken run in those chunks reads, to the last bit."""
+    model, (kind, options) = model_for("llama", "faults"), CACHES[name]
+    ids, mask = text(rows)
+    with routed(route, model, kind, **options):
+        plain = run(model, hf_ctxopt.make_cache(model, kind, attention_mask=mask, **options), ids, mask)
+        for place in (0, 1, "head"):
+            for calls in ((1,), (2,), (3,), (2, 3), (1, 4)):
+                cache = hf_ctxopt.make_cache(model, kind, attention_mask=mask, **options)
+                with short_of_memory(model, place, calls) as lengths:
+                    got = run(model, cache, ids, mask)
+                    prompt = lengths[: len(lengths) - 5]
+                assert cache.stats()["relief"][HALVED] == len(calls), (place, calls)
+                cache.check_integrity()
+                if name in EXACT:
+                    assert_same(got, plain, 1e-4)
+                if sum(prompt) > ids.shape[1]:  # the window had let go: what was read before was read again
+                    assert "sink" in name and not name.startswith("sink_wide")
+                    continue
+                assert max(prompt) <= CHUNK and min(prompt[:-1]) >= 16
+                twin = hf_ctxopt.make_cache(model, kind, attention_mask=mask, **options)
+                want = by_lengths(model, twin, ids, mask, prompt)
+                assert torch.equal(got.logits[0], want), (place, calls, prompt)
+
+
+@pytest.mark.parametrize("error", ERRORS)
+@pytest.mark.parametrize("chunk", [CHUNK, None])
+def test_the_chunk_is_halved_until_it_fits(chunk: int | None, error: str) -> None:
+    model = model_for("llama", "faults")
+    ids, mask = text()
+    with routed("fused", model, "ctx_paged"):
+        want = run(model, hf_ctxopt.make_cache(model, "ctx_paged", page_size=8), ids, mask, chunk)
+        cache = hf_ctxopt.make_cache(model, "ctx_paged", page_size=8)
+        with short_of_memory(model, 1, most=20, error=error) as lengths:
+            got = run(model, cache, ids, mask, chunk)
+    assert_same(got, want, 1e-4)
+    size = 16 if chunk else 18  # 150 -> 75 -> 37 -> 18
+    assert lengths[: -(-150 // size)] == [size] * (150 // size) + [150 % size]
+    assert cache.stats()["relief"] == {HALVED: 2 if chunk else 3}
+
+
+@pytest.mark.parametrize("page_size", [8, 32])
+def test_under_the_least_chunk_the_error_goes_through_and_the_cache_stays(page_size: int) -> None:
+    model, least = model_for("llama", "faults"), max(16, page_size)
+    ids, mask = text()
+    with routed("fused", model, "ctx_paged"):
+        want = run(model, hf_ctxopt.make_cache(model, "ctx_paged", page_size=page_size), ids, mask)
+        cache = hf_ctxopt.make_cache(model, "ctx_paged", page_size=page_size)
+        run(model, cache, ids[:, :40], mask[:, :40], new=1)
+        with short_of_memory(model, 1, most=10) as lengths, pytest.raises(torch.OutOfMemoryError, match="2.00 GiB"):
+            run(model, cache, ids, mask)
+        assert not lengths
+        cache.check_integrity()
+        assert cache.get_seq_length() == 40
+        assert cache.stats()["relief"] == {HALVED: 2 if least == 16 else 1}
+        assert_same(run(model, cache, ids, mask), want, 1e-4)
+
+
+@pytest.mark.parametrize("name", ["paged", "sink"])
+@pytest.mark.parametrize("only_new", [False, True])
+def test_a_text_that_goes_on(name: str, only_new: bool) -> None:
+    """The second turn's chunk fails, whether `generate` is given the whole text or only what is new."""
+    model, (kind, options) = build("llama"), CACHES[name]
+    ids, mask = text()
+    with routed("fused", model, kind, **options):
+        outs = []
+        for calls in ((), (2,), (1, 3)):
+            cache = hf_ctxopt.make_cache(model, kind, **options)
+            run(model, cache, ids[:, :60], mask[:, :60], chunk=32, new=1)
+            with short_of_memory(model, 1, calls):
+                given = ids[:, 60:] if only_new else ids
+                outs.append(run(model, cache, given, mask, chunk=32))
+            assert cache.stats()["relief"].get(HALVED, 0) == len(calls)
+            cache.check_integrity()
+    for got in outs[1:]:
+        assert_same(got, outs[0], 1e-4)
+
+
+@pytest.mark.parametrize("route", ["dense", "fused"])
+@pytest.mark.parametrize("family", ["gemma3", "gpt2", "mistral"])
+def test_other_families(route: str, family: str) -> None:
+    """Sliding layers have let go of tokens when a later layer fails: the text is read again."""
+    model = model_for(family, "faults")
+    ids, mask = text(2)
+    decoder = model.get_decoder()
+    last = len(decoder.layers if hasattr(decoder, "layers") else decoder.h) - 1
+    with routed(route, model, "ctx_paged"):
+        want = run(model, hf_ctxopt.make_cache(model, "ctx_paged", page_size=8, attention_mask=mask), ids, mask)
+        for calls in ((1,), (2,), (3,)):
+            cache = hf_ctxopt.make_cache(model, "ctx_paged", page_size=8, attention_mask=mask)
+            place = last if hasattr(decoder, "layers") else "head"
+            with short_of_memory(model, place, calls):
+                got = run(model, cache, ids, mask)
+            assert_same(got, want, 1e-4)
+            cache.check_integrity()
+
+
+@pytest.mark.parametrize("name", ["paged", "paged_int8", "sink"])
+def test_every_allocation_of_pages(name: str) -> None:
+    """Nobody has announced the text, so pages grow with the chunks, and any growth may fail."""
+    model, (kind, options) = model_for("llama", "faults"), CACHES[name]
+    ids, mask = text()
+    with routed("fused", model, kind, **options):
+        want = run(model, hf_ctxopt.make_cache(model, kind, **options), ids, mask)
+        for number in range(1, 40):
+            cache = hf_ctxopt.make_cache(model, kind, **options)
+            with failing(number, ERRORS["cuda"]) as failed:
+                got = run(model, cache, ids, mask, new=1)
+            if not failed:
+                break
+            assert cache.stats()["relief"][HALVED] == 1
+            cache.check_integrity()
+            if name in EXACT:
+                assert torch.equal(got.sequences, want.sequences[:, : got.sequences.shape[1]])
+        assert number > 2
+
+
+def test_reused_prefixes_stay() -> None:
+    model = build("llama")
+    ids, mask = text()
+    options = {"store": "short", "page_size": 8}
+    try:
+        with routed("fused", model, "ctx_prefix", **options):
+            want = model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=6)
+            other = torch.cat([ids[:, :80], ids[:, :70] + 1], dim=1).clamp(max=VOCAB - 1)
+            plain = build("llama").generate(other, attention_mask=mask, do_sample=False, max_new_tokens=6)
+            for calls in ((1,), (2,)):
+                with short_of_memory(model, 1, calls) as lengths:
+                    got = model.generate(
+                        other, attention_mask=mask, do_sample=False, max_new_tokens=6, prefill_chunk_size=32
+                    )
+                assert got.tolist() == plain.tolist()
+                assert sum(lengths[:-5]) <= 70
+            again = model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=6)
+            assert again.tolist() == want.tolist()
+            hf_ctxopt.stores()["short"].check_integrity()
+    finally:
+        hf_ctxopt.drop_store("short")
+
+
+def test_other_errors_are_nobodys_lack_of_memory() -> None:
+    assert not out_of_memory(RuntimeError("shape mismatch"))
+    assert not out_of_memory(hf_ctxopt.CacheFullError(4, 2, "raise `budget`: out of memory"))
+    model = model_for("llama", "faults")
+    ids, mask = text()
+    cache = hf_ctxopt.make_cache(model, "ctx_paged", page_size=8, budget=80)
+    with pytest.raises(hf_ctxopt.CacheFullError):
+        run(model, cache, ids, mask)
+    assert cache.stats()["relief"] == {}
+
+
+def test_it_is_logged_once(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(context, "_logged", set())
+    model = model_for("llama", "faults")
+    ids, mask = text()
+    with caplog.at_level(logging.WARNING), short_of_memory(model, 0, most=20):
+        run(model, hf_ctxopt.make_cache(model, "ctx_paged", page_size=8), ids, mask)
+    assert caplog.text.count(HALVED) == 1
