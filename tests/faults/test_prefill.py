@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -14,7 +16,8 @@ from torch import Tensor, nn
 import hf_ctxopt
 from hf_ctxopt.caches import context
 from hf_ctxopt.caches.base import PageCache
-from hf_ctxopt.integration.compat import generate_argument
+from hf_ctxopt.caches.layer import PageLayer
+from hf_ctxopt.integration.compat import cache_in, generate_argument
 from hf_ctxopt.integration.halving import out_of_memory
 from tests.families import VOCAB, build, model_for
 from tests.feeding import pad_left, routed
@@ -36,13 +39,22 @@ CACHES: dict[str, tuple[str, dict[str, Any]]] = {
     "sink": ("ctx_sink", {"page_size": 8, "sinks": 4, "window": 40}),
     "sink_int8": ("ctx_sink", {"page_size": 8, "sinks": 4, "window": 40, "kv_bits": 8}),
 }
+FAULTS: list[tuple[int | str, tuple[int, ...]]] = [
+    (0, (1,)), (0, (2, 3)), (1, (3,)), (1, (1, 4)), (2, (2,)), ("head", (1, 4)), ("head", (4,)),
+]  # fmt: skip
+"""Where memory runs out, and at which calls of that module: the prompt has four chunks."""
 EXACT = [name for name in CACHES if "int" not in name]
 
 
-def text(rows: int = 1, seq: int = 150, seed: int = 7) -> tuple[Tensor, Tensor]:
+def text(rows: int = 1, seq: int = 250, seed: int = 7) -> tuple[Tensor, Tensor]:
     """Ids and mask `(rows, seq)`, the second row 19 tokens shorter than the first and so on."""
     draw = torch.Generator().manual_seed(seed)
     return pad_left([torch.randint(2, VOCAB, (seq - 19 * row,), generator=draw) for row in range(rows)])
+
+
+def llama() -> Any:
+    """Three layers: when the MLP of the last one fails, every layer has stored the chunk."""
+    return build("llama", num_hidden_layers=3)
 
 
 def module_at(model: Any, place: int | str) -> nn.Module:
@@ -50,30 +62,46 @@ def module_at(model: Any, place: int | str) -> nn.Module:
     return model.get_output_embeddings() if place == "head" else model.get_decoder().layers[place].mlp
 
 
+@dataclass
+class Passes:
+    """Forward passes: the columns the cache held before, and the tokens of each."""
+
+    starts: list[int] = field(default_factory=list)
+    lengths: list[int] = field(default_factory=list)
+
+    def chunks(self, prompt: int) -> list[int]:
+        """The lengths that the prompt was read in at last; a pass that failed counts where its tokens were kept."""
+        first = len(self.starts) - 1 - self.starts[::-1].index(min(self.starts))
+        starts, lengths = self.starts[first:], self.lengths[first:]
+        kept = zip(starts, lengths, [*starts[1:], prompt], strict=True)
+        return [length for start, length, end in kept if start < prompt and end >= start + length]
+
+
 @contextmanager
 def short_of_memory(
     model: Any, place: int | str, calls: tuple[int, ...] = (), most: int | None = None, error: str = "cuda"
-) -> Iterator[list[int]]:
-    """A module raises at its `calls`-th calls, or at all with more than `most` tokens; yields the finished lengths."""
-    module, count, lengths = module_at(model, place), [0], list[int]()
+) -> Iterator[Passes]:
+    """A module raises at its `calls`-th calls, or at all with more than `most` tokens."""
+    module, count, passes = module_at(model, place), [0], Passes()
 
-    def before(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+    def begins(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        passes.starts.append(cache_in(kwargs).get_seq_length())
+        passes.lengths.append((args[0] if args else kwargs["input_ids"]).shape[1])
+
+    def fails(module: nn.Module, args: tuple[Tensor, ...]) -> None:
         count[0] += 1
         if count[0] in calls or (most is not None and args[0].shape[1] > most):
             raise ERRORS[error]()
 
-    def after(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-        lengths.append((args[0] if args else kwargs["input_ids"]).shape[1])
-
-    handles = [module.register_forward_pre_hook(before), model.register_forward_hook(after, with_kwargs=True)]
+    handles = [module.register_forward_pre_hook(fails), model.register_forward_pre_hook(begins, with_kwargs=True)]
     try:
-        yield lengths
+        yield passes
     finally:
         for handle in handles:
             handle.remove()
 
 
-def run(model: Any, cache: PageCache, ids: Tensor, mask: Tensor, chunk: int | None = CHUNK, new: int = 6) -> Any:
+def run(model: Any, cache: PageCache, ids: Tensor, mask: Tensor, chunk: int | None = CHUNK, new: int = 3) -> Any:
     """A greedy run from the prompt on, with the logits of each step."""
     return model.generate(
         ids, attention_mask=mask, do_sample=False, max_new_tokens=new, prefill_chunk_size=chunk,
@@ -101,59 +129,56 @@ def by_lengths(model: Any, cache: PageCache, ids: Tensor, mask: Tensor, lengths:
 
 @pytest.mark.parametrize("route", ["dense", "fused"])
 @pytest.mark.parametrize("name", CACHES)
-@pytest.mark.parametrize("rows", [1, 2])
-def test_every_layer_and_several_chunks(route: str, name: str, rows: int) -> None:
-    """What is read in smaller chunks is what an unbroken run in those chunks reads, to the last bit."""
-    model, (kind, options) = model_for("llama", "faults"), CACHES[name]
-    ids, mask = text(rows)
+def test_every_layer_and_several_chunks(route: str, name: str) -> None:
+    """Two rows of unequal padding, so that every chunk begins in the middle of a page of one of them.
+
+    What is read in smaller chunks is what an unbroken run in those chunks reads, the begun pages of quantized ones included."""
+    model, (kind, options) = llama(), CACHES[name]
+    ids, mask = text(2)
     with routed(route, model, kind, **options):
         plain = run(model, hf_ctxopt.make_cache(model, kind, attention_mask=mask, **options), ids, mask)
-        for place in (0, 1, "head"):
-            for calls in ((1,), (2,), (3,), (2, 3), (1, 4)):
-                cache = hf_ctxopt.make_cache(model, kind, attention_mask=mask, **options)
-                with short_of_memory(model, place, calls) as lengths:
-                    got = run(model, cache, ids, mask)
-                    prompt = lengths[: len(lengths) - 5]
-                assert cache.stats()["relief"][HALVED] == len(calls), (place, calls)
-                cache.check_integrity()
-                if name in EXACT:
-                    assert_same(got, plain, 1e-4)
-                if sum(prompt) > ids.shape[1]:  # the window had let go: what was read before was read again
-                    assert "sink" in name and not name.startswith("sink_wide")
-                    continue
-                assert max(prompt) <= CHUNK and min(prompt[:-1]) >= 16
-                twin = hf_ctxopt.make_cache(model, kind, attention_mask=mask, **options)
-                want = by_lengths(model, twin, ids, mask, prompt)
-                assert torch.equal(got.logits[0], want), (place, calls, prompt)
+        for place, calls in FAULTS:
+            cache = hf_ctxopt.make_cache(model, kind, attention_mask=mask, **options)
+            with short_of_memory(model, place, calls) as passes:
+                got = run(model, cache, ids, mask)
+            assert cache.stats()["relief"][HALVED] == len(calls), (place, calls)
+            cache.check_integrity()
+            if name in EXACT and (route, name) != ("dense", "sink"):  # stock attention has one gap for a whole chunk
+                assert_same(got, plain, 1e-4)
+            chunks = passes.chunks(ids.shape[1])
+            assert sum(chunks) == ids.shape[1], (place, calls, passes)
+            assert max(chunks) <= CHUNK
+            twin = hf_ctxopt.make_cache(model, kind, attention_mask=mask, **options)
+            want = by_lengths(model, twin, ids, mask, chunks)
+            torch.testing.assert_close(got.logits[0], want, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("error", ERRORS)
 @pytest.mark.parametrize("chunk", [CHUNK, None])
 def test_the_chunk_is_halved_until_it_fits(chunk: int | None, error: str) -> None:
-    model = model_for("llama", "faults")
+    model = llama()
     ids, mask = text()
     with routed("fused", model, "ctx_paged"):
         want = run(model, hf_ctxopt.make_cache(model, "ctx_paged", page_size=8), ids, mask, chunk)
         cache = hf_ctxopt.make_cache(model, "ctx_paged", page_size=8)
-        with short_of_memory(model, 1, most=20, error=error) as lengths:
+        with short_of_memory(model, 1, most=40 if chunk is None else 20, error=error) as passes:
             got = run(model, cache, ids, mask, chunk)
     assert_same(got, want, 1e-4)
-    size = 16 if chunk else 18  # 150 -> 75 -> 37 -> 18
-    assert lengths[: -(-150 // size)] == [size] * (150 // size) + [150 % size]
+    size = 16 if chunk else 31  # 250 -> 125 -> 62 -> 31
+    assert passes.chunks(250) == [size] * (250 // size) + [250 % size]
     assert cache.stats()["relief"] == {HALVED: 2 if chunk else 3}
 
 
 @pytest.mark.parametrize("page_size", [8, 32])
 def test_under_the_least_chunk_the_error_goes_through_and_the_cache_stays(page_size: int) -> None:
-    model, least = model_for("llama", "faults"), max(16, page_size)
+    model, least = llama(), max(16, page_size)
     ids, mask = text()
     with routed("fused", model, "ctx_paged"):
         want = run(model, hf_ctxopt.make_cache(model, "ctx_paged", page_size=page_size), ids, mask)
         cache = hf_ctxopt.make_cache(model, "ctx_paged", page_size=page_size)
         run(model, cache, ids[:, :40], mask[:, :40], new=1)
-        with short_of_memory(model, 1, most=10) as lengths, pytest.raises(torch.OutOfMemoryError, match="2.00 GiB"):
+        with short_of_memory(model, 1, most=10), pytest.raises(torch.OutOfMemoryError, match=r"2\.00 GiB"):
             run(model, cache, ids, mask)
-        assert not lengths
         cache.check_integrity()
         assert cache.get_seq_length() == 40
         assert cache.stats()["relief"] == {HALVED: 2 if least == 16 else 1}
@@ -164,16 +189,16 @@ def test_under_the_least_chunk_the_error_goes_through_and_the_cache_stays(page_s
 @pytest.mark.parametrize("only_new", [False, True])
 def test_a_text_that_goes_on(name: str, only_new: bool) -> None:
     """The second turn's chunk fails, whether `generate` is given the whole text or only what is new."""
-    model, (kind, options) = build("llama"), CACHES[name]
+    model, (kind, options) = llama(), CACHES[name]
     ids, mask = text()
     with routed("fused", model, kind, **options):
         outs = []
         for calls in ((), (2,), (1, 3)):
             cache = hf_ctxopt.make_cache(model, kind, **options)
-            run(model, cache, ids[:, :60], mask[:, :60], chunk=32, new=1)
+            run(model, cache, ids[:, :60], mask[:, :60], new=1)
             with short_of_memory(model, 1, calls):
                 given = ids[:, 60:] if only_new else ids
-                outs.append(run(model, cache, given, mask, chunk=32))
+                outs.append(run(model, cache, given, mask))
             assert cache.stats()["relief"].get(HALVED, 0) == len(calls)
             cache.check_integrity()
     for got in outs[1:]:
@@ -202,7 +227,7 @@ def test_other_families(route: str, family: str) -> None:
 @pytest.mark.parametrize("name", ["paged", "paged_int8", "sink"])
 def test_every_allocation_of_pages(name: str) -> None:
     """Nobody has announced the text, so pages grow with the chunks, and any growth may fail."""
-    model, (kind, options) = model_for("llama", "faults"), CACHES[name]
+    model, (kind, options) = llama(), CACHES[name]
     ids, mask = text()
     with routed("fused", model, kind, **options):
         want = run(model, hf_ctxopt.make_cache(model, kind, **options), ids, mask)
@@ -219,24 +244,33 @@ def test_every_allocation_of_pages(name: str) -> None:
         assert number > 2
 
 
-def test_reused_prefixes_stay() -> None:
-    model = build("llama")
-    ids, mask = text()
-    options = {"store": "short", "page_size": 8}
+@pytest.mark.parametrize("calls", [(1,), (2,)])
+def test_reused_prefixes_stay(calls: tuple[int, ...]) -> None:
+    """No hook here: a model with another hook is another model to a store."""
+    model, (ids, mask) = llama(), text(seq=150)
+    other = torch.cat([ids[:, :80], (ids[:, 80:] + 1).clamp(max=VOCAB - 1)], dim=1)
+    settings: dict[str, Any] = {"attention_mask": mask, "do_sample": False, "max_new_tokens": 6}
+    update, count = PageLayer.update, [0]
+
+    def failing_update(layer: PageLayer, *args: Any, **kwargs: Any) -> Any:
+        count[0] += layer.index == 1
+        if layer.index == 1 and count[0] in calls:
+            raise ERRORS["cuda"]()
+        return update(layer, *args, **kwargs)
+
     try:
-        with routed("fused", model, "ctx_prefix", **options):
-            want = model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=6)
-            other = torch.cat([ids[:, :80], ids[:, :70] + 1], dim=1).clamp(max=VOCAB - 1)
-            plain = build("llama").generate(other, attention_mask=mask, do_sample=False, max_new_tokens=6)
-            for calls in ((1,), (2,)):
-                with short_of_memory(model, 1, calls) as lengths:
-                    got = model.generate(
-                        other, attention_mask=mask, do_sample=False, max_new_tokens=6, prefill_chunk_size=32
-                    )
-                assert got.tolist() == plain.tolist()
-                assert sum(lengths[:-5]) <= 70
-            again = model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=6)
-            assert again.tolist() == want.tolist()
+        plain = [model.generate(one, **settings).tolist() for one in (ids, other)]
+        with routed("fused", model, "ctx_prefix", store="short", page_size=8):
+            assert model.generate(ids, **settings).tolist() == plain[0]
+            with mock.patch.object(PageLayer, "update", failing_update):
+                out = model.generate(other, **settings, prefill_chunk_size=32, return_dict_in_generate=True)
+            stats = cache_in(out).stats()
+            assert out.sequences.tolist() == plain[1]
+            assert stats["relief"] == {HALVED: 1}
+            assert stats["prefix"]["reused_tokens"] >= 72
+            out = model.generate(other, **settings, return_dict_in_generate=True)
+            assert cache_in(out).stats()["prefix"]["reused_tokens"] == 149
+            assert [model.generate(one, **settings).tolist() for one in (ids, other)] == plain
             hf_ctxopt.stores()["short"].check_integrity()
     finally:
         hf_ctxopt.drop_store("short")
@@ -245,7 +279,7 @@ def test_reused_prefixes_stay() -> None:
 def test_other_errors_are_nobodys_lack_of_memory() -> None:
     assert not out_of_memory(RuntimeError("shape mismatch"))
     assert not out_of_memory(hf_ctxopt.CacheFullError(4, 2, "raise `budget`: out of memory"))
-    model = model_for("llama", "faults")
+    model = llama()
     ids, mask = text()
     cache = hf_ctxopt.make_cache(model, "ctx_paged", page_size=8, budget=80)
     with pytest.raises(hf_ctxopt.CacheFullError):
@@ -255,7 +289,7 @@ def test_other_errors_are_nobodys_lack_of_memory() -> None:
 
 def test_it_is_logged_once(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(context, "_logged", set())
-    model = model_for("llama", "faults")
+    model = llama()
     ids, mask = text()
     with caplog.at_level(logging.WARNING), short_of_memory(model, 0, most=20):
         run(model, hf_ctxopt.make_cache(model, "ctx_paged", page_size=8), ids, mask)
