@@ -219,7 +219,9 @@ def _begin_again(cache: PageCache, prompt: _Prompt) -> None:
     pads = padding_of(prompt.given.get("attention_mask"))
     for group, (announced, recording) in zip(cache.groups, known, strict=True):
         group.pads, group.announced, group.recording = pads, announced, recording
-    cache.context.relieve("a text was read again from its beginning: a window had let go of tokens of the failed chunk")
+    cache.context.relieve(
+        "a text was read again from its beginning: a window had let go of tokens of the failed chunk"
+    )
 
 
 def _free(device: torch.device) -> None:
