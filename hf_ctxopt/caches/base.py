@@ -238,8 +238,9 @@ def _check_requantize(group: LayerGroup, codecs: Codecs | None, kv_bits: Any) ->
     asked = (16, 16) if codecs is None else (codecs.keys.bits, codecs.values.bits)
     if any(new > old for new, old in zip(asked, held, strict=True)):
         raise ConfigError("kv_bits", kv_bits, f"at most {held[0]} for K and {held[1]} for V, which the pages have")
-    for storage in group.storages.values() if codecs is not None else ():
-        codecs.check(storage.keys, storage.values)
+    if codecs is not None:
+        for storage in group.storages.values():
+            codecs.check(storage.keys, storage.values)
 
 
 def _group_stats(group: LayerGroup) -> dict[str, Any]:

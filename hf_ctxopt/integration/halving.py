@@ -1,10 +1,11 @@
 """A prompt goes on where memory runs out: the chunk that failed is taken back, halved and read again.
 
-Wrapped around `GenerationMixin._prefill`, which reads a prompt at once or in chunks. When one of its forward passes runs
-out of memory, the cache is taken back to the tokens before that pass, and the rest is read in pieces here, each half
-as long as the one that failed, down to `LEAST` tokens or a page. What was read before is kept. Only a pass that had
-let go of tokens of a window (a chunk longer than it) cannot be taken back: there the whole text is read again, or, where
-`generate` was given its new tokens only, the window's old pages are kept until the chunk has gone through.
+Wrapped around `GenerationMixin._prefill`, which reads a prompt at once or in chunks. When one of its forward passes
+runs out of memory, the cache is taken back to the tokens before that pass (a pass that every layer has stored is kept,
+unless it is the last, whose logits are needed), and the rest is read in pieces here, each half as long as the one that
+failed, down to `LEAST` tokens or a page. What was read before is kept. Only a pass that had let go of tokens of a
+window (a chunk longer than it) cannot be taken back: there the whole text is read again, or, where `generate` was
+given its new tokens only, the window's old pages are kept until the chunk has gone through.
 
 Which errors mean "out of memory" follows accelerate (`accelerate/utils/memory.py`, `should_reduce_batch_size`).
 """
@@ -215,7 +216,7 @@ def _taken_back(error: BaseException, cache: PageCache, prompt: _Prompt, at: int
 def _begin_again(cache: PageCache, prompt: _Prompt) -> None:
     """Forget the text, which is at hand, but not what is known of it."""
     known = [(group.announced, group.recording) for group in cache.groups]
-    cache.reset()
+    cache.reset()  # type: ignore[no-untyped-call]
     pads = padding_of(prompt.given.get("attention_mask"))
     for group, (announced, recording) in zip(cache.groups, known, strict=True):
         group.pads, group.announced, group.recording = pads, announced, recording

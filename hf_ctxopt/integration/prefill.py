@@ -30,7 +30,7 @@ Method = Callable[..., Any]
 
 
 def wrap_prefill(original: Method) -> Method:
-    """`GenerationMixin._prefill`, with what a prefix store has put into the cache first, and what `halving.py` does."""
+    """`GenerationMixin._prefill`, with what a prefix store has put into the cache first, and as `halving.py` says."""
 
     @functools.wraps(original)
     def prefill(

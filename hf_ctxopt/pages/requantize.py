@@ -1,8 +1,8 @@
 """Storing the full pages of a group with fewer bits than before, while their text is in use.
 
-One part (K or V) of one layer is re-encoded at a time, so that no more than its new pages is needed on top, and the old
-ones are given back before the next one's turn. Pages keep their numbers meanwhile: a layer that is still to come reads
-them as before. Where memory runs out in the middle, nothing is lost, and a later call goes on.
+One part (K or V) of one layer is re-encoded at a time, so that no more than its new pages is needed on top, and the
+old ones are given back before the next one's turn. Pages keep their numbers meanwhile: a layer that is still to come
+reads them as before. Where memory runs out in the middle, nothing is lost, and a later call goes on.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from .sealed import Codecs
 def requantize(group: LayerGroup, codecs: Codecs) -> None:
     """Store the group's sealed pages, and its full open ones behind the first, by `codecs`.
 
-    Called between steps, for a group whose pages nobody else lists. What pages hold is decoded and encoded anew: it has
-    the errors of both.
+    Called between steps, for a group whose pages nobody else lists. What pages hold is decoded and encoded anew: it
+    has the errors of both.
 
     Raises:
         torch.OutOfMemoryError: some layers are as they shall be and some as they were, all of them readable.

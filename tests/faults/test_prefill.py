@@ -20,8 +20,8 @@ from hf_ctxopt.caches.layer import PageLayer
 from hf_ctxopt.integration.compat import cache_in, generate_argument
 from hf_ctxopt.integration.halving import out_of_memory
 from tests.families import VOCAB, build, model_for
-from tests.feeding import pad_left, routed
 from tests.faults.test_allocation import failing
+from tests.feeding import pad_left, routed
 
 CHUNK = 64
 HALVED = "a prefill chunk ran out of memory and was halved"
@@ -132,7 +132,8 @@ def by_lengths(model: Any, cache: PageCache, ids: Tensor, mask: Tensor, lengths:
 def test_every_layer_and_several_chunks(route: str, name: str) -> None:
     """Two rows of unequal padding, so that every chunk begins in the middle of a page of one of them.
 
-    What is read in smaller chunks is what an unbroken run in those chunks reads, the begun pages of quantized ones included."""
+    What is read in smaller chunks is what an unbroken run in those chunks reads, begun pages that are quantized too.
+    """
     model, (kind, options) = llama(), CACHES[name]
     ids, mask = text(2)
     with routed(route, model, kind, **options):

@@ -160,7 +160,7 @@ def test_it_is_the_storages_that_shrink() -> None:
 
 def test_the_peak_is_one_part_of_one_layer() -> None:
     """Keys or values of one layer, and the float32 copies of a few pages; the old ones are gone by then."""
-    model, (ids, mask) = build("llama", num_hidden_layers=6), text(seq=3000)
+    model, ids = build("llama", num_hidden_layers=6), text(seq=3000)[0]
     with Live(model) as live:
         cache = hf_ctxopt.make_cache(model, "ctx_paged", page_size=8)
         feed(model, ids[:, :2990] % VOCAB, cache, chunk=300)
@@ -298,7 +298,7 @@ def test_an_empty_cache_begins_with_fewer_bits() -> None:
 @pytest.mark.parametrize("name", ["ctx_paged", "ctx_sink"])
 def test_replayed_steps_are_captured_anew(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Through the kernels' stand-in: the graph of the old pages is forgotten, that of the new ones reads them."""
-    model, (ids, mask) = build("llama"), text(1, seq=60)
+    model, ids = build("llama"), text(1, seq=60)[0]
     options: dict[str, Any] = {"page_size": 16, **({"sinks": 4, "window": 64} if name == "ctx_sink" else {})}
     call: dict[str, Any] = {"do_sample": False, "eos_token_id": None, "return_dict_in_generate": True}
     with pretend_gpu(monkeypatch), hf_ctxopt.patched(model, cache=name, **options):
