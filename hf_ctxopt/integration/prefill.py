@@ -7,6 +7,7 @@ makes it feed only the rest of the prompt. What a hit is, and where none is soug
 from __future__ import annotations
 
 import functools
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from .chunking import chunk_size
 from .compat import cache_argument, cache_in, generate_argument
 from .fingerprint import fingerprint
 from .generate import only_text, slices_chunks
-from .halving import read_halving
+from .halving import out_of_memory, read_halving
 from .positions import padding_of
 
 Method = Callable[..., Any]
@@ -246,7 +247,10 @@ def _unique(texts: Sequence[list[int]], found: Sequence[Found]) -> int:
 
 
 def warm(model: Any, cache: PrefixCache, text: list[int], chunk: int | None, prompt: Prompt) -> int:
-    """Compute one row's whole pages that the store lacks, by a cache of its own; returns the tokens computed."""
+    """Compute one row's whole pages that the store lacks, by a cache of its own; returns the tokens computed.
+
+    Where memory runs out, those that are computed by then stay.
+    """
     size = cache.store.page_size
     goal = (len(text) - 1) // size * size
     (found,) = cache.find([text])
@@ -270,6 +274,14 @@ def warm(model: Any, cache: PrefixCache, text: list[int], chunk: int | None, pro
             with kept_whole(single):
                 model(input_ids=ids, **typed, **call)
                 single.keep(0, text[:stop])
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        traceback.clear_frames(error.__traceback__)
+        cache.context.relieve(
+            "memory ran out while a prefix was computed ahead of its batch, which goes on without it"
+        )
+        return at - start
     finally:
         single.release()
     return goal - start

@@ -18,13 +18,16 @@ from hf_ctxopt.caches import context
 from hf_ctxopt.caches.base import PageCache
 from hf_ctxopt.caches.layer import PageLayer
 from hf_ctxopt.integration.compat import cache_in, generate_argument
+from hf_ctxopt.integration.generate import slices_chunks
 from hf_ctxopt.integration.halving import out_of_memory
 from tests.families import VOCAB, build, model_for
 from tests.faults.test_allocation import failing
 from tests.feeding import pad_left, routed
 
 CHUNK = 64
+AGAIN = CHUNK if slices_chunks(1) else None  # of a text that goes on: before transformers 5.23 it is read at once
 HALVED = "a prefill chunk ran out of memory and was halved"
+NOT_AHEAD = "memory ran out while a prefix was computed ahead of its batch, which goes on without it"
 ERRORS: dict[str, Callable[[], BaseException]] = {
     "cuda": lambda: torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
     "cpu": lambda: RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory"),
@@ -179,11 +182,14 @@ def test_under_the_least_chunk_the_error_goes_through_and_the_cache_stays(page_s
         cache = hf_ctxopt.make_cache(model, "ctx_paged", page_size=page_size)
         run(model, cache, ids[:, :40], mask[:, :40], new=1)
         with short_of_memory(model, 1, most=10), pytest.raises(torch.OutOfMemoryError, match=r"2\.00 GiB"):
-            run(model, cache, ids, mask)
+            run(model, cache, ids, mask, AGAIN)
         cache.check_integrity()
         assert cache.get_seq_length() == 40
-        assert cache.stats()["relief"] == {HALVED: 2 if least == 16 else 1}
-        assert_same(run(model, cache, ids, mask), want, 1e-4)
+        sizes = [AGAIN or 210]
+        while sizes[-1] > least:
+            sizes.append(max(least, sizes[-1] // 2))
+        assert cache.stats()["relief"] == {HALVED: len(sizes) - 1}
+        assert_same(run(model, cache, ids, mask, AGAIN), want, 1e-4)
 
 
 @pytest.mark.parametrize("name", ["paged", "sink"])
@@ -194,12 +200,12 @@ def test_a_text_that_goes_on(name: str, only_new: bool) -> None:
     ids, mask = text()
     with routed("fused", model, kind, **options):
         outs = []
-        for calls in ((), (2,), (1, 3)):
+        for calls in ((), (2,), (1, 3)) if AGAIN else ((), (1,), (1, 2)):
             cache = hf_ctxopt.make_cache(model, kind, **options)
             run(model, cache, ids[:, :60], mask[:, :60], new=1)
             with short_of_memory(model, 1, calls):
                 given = ids[:, 60:] if only_new else ids
-                outs.append(run(model, cache, given, mask))
+                outs.append(run(model, cache, given, mask, AGAIN))
             assert cache.stats()["relief"].get(HALVED, 0) == len(calls)
             cache.check_integrity()
     for got in outs[1:]:
@@ -267,8 +273,8 @@ def test_reused_prefixes_stay(calls: tuple[int, ...]) -> None:
                 out = model.generate(other, **settings, prefill_chunk_size=32, return_dict_in_generate=True)
             stats = cache_in(out).stats()
             assert out.sequences.tolist() == plain[1]
-            assert stats["relief"] == {HALVED: 1}
-            assert stats["prefix"]["reused_tokens"] >= 72
+            assert stats["relief"] == {HALVED if slices_chunks(1) else NOT_AHEAD: 1}
+            assert stats["prefix"]["reused_tokens"] >= 72 or not slices_chunks(1)
             out = model.generate(other, **settings, return_dict_in_generate=True)
             assert cache_in(out).stats()["prefix"]["reused_tokens"] == 149
             assert [model.generate(one, **settings).tolist() for one in (ids, other)] == plain
