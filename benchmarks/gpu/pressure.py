@@ -10,7 +10,7 @@ capped at 8 GiB less the CUDA context of this process. Two runs of the same sess
    of the card it stores the full pages with 8 bits and then 4. What it did, and when, is in the file.
 
 The plan's byte budget is lifted in both: the card itself is the limit. Run from the repository root:
-`PYTHONPATH=. python benchmarks/gpu/pressure.py`; `--tiny` is a toy on the CPU, where the cache's budget plays the card.
+`PYTHONPATH=. python benchmarks/gpu/pressure.py`. `--tiny` is a toy on the CPU, where a budget plays the card.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ runs out of memory, the cache is taken back to the tokens before that pass (a pa
 unless it is the last, whose logits are needed), and the rest is read in pieces here, each half as long as the one that
 failed, down to `LEAST` tokens or a page. What was read before is kept. Only a pass that had let go of tokens of a
 window (a chunk longer than it) cannot be taken back: there the whole text is read again, or, where `generate` was
-given its new tokens only, the window's old pages are kept until the chunk has gone through.
+given its new tokens only and the cache has no budget, the window's old pages are kept until the chunk is through.
 
 Which errors mean "out of memory" follows accelerate (`accelerate/utils/memory.py`, `should_reduce_batch_size`).
 """
@@ -62,6 +62,8 @@ def read_halving(
         torch.OutOfMemoryError: memory runs out at chunks of `LEAST` tokens, or of a page, too; or whatever else said
             so. The cache holds what was read before the chunk that failed (nothing, where the whole text would have
             had to be read again).
+        InterruptedStepError: a window has let go of tokens, the new ones are all that was given, and the budget had no
+            room for the old ones; `reset()` the cache and feed the whole text.
     """
     cache = attention_cache(cache_in(model_kwargs))
     if cache is None or not _splits(model, cache, generation_config, model_kwargs):
@@ -159,7 +161,8 @@ def _guarded(cache: PageCache, prompt: _Prompt) -> Iterator[None]:
     before = [(group, group.guarded, group.keeping) for group in cache.groups]
     for group in cache.groups:
         group.guarded = True
-        group.keeping = group.keeping or prompt.first > 0
+        limited = group.budget.tokens is not None or group.budget.nbytes is not None  # no room for more pages there
+        group.keeping = group.keeping or (prompt.first > 0 and not limited)
     try:
         yield
     finally:

@@ -53,14 +53,13 @@ def _close_full_pages(group: LayerGroup, open_first: int) -> None:
     codecs = Codecs(Codec(16, over_tokens=True), Codec(16, over_tokens=False), open_first=open_first)
     full = {page for row in group.rows for _, page in row.open_pages(open_first, row.length // size)}
     stay = sorted({page for row in group.rows for _, page in row.pages()} - full)
-    capacity = max(len(stay), len(group.rows) * (open_first + 1))
+    capacity, last = max(len(stay), len(group.rows) * (open_first + 1)), max(full, default=-1) + 1
     made = {layer: storage.compacted(stay, capacity) for layer, storage in arena.storages.items()}
     arena.storage_version += 1
     for layer, (keys, values) in made.items():
-        arena.storages[layer].close_all(keys, values, codecs)
+        arena.storages[layer].close_all(last, keys, values, codecs)
     group.codecs = arena.codecs = codecs
-    arena.pool = PagePool(capacity)
-    arena.sealed = PagePool(max(full, default=-1) + 1, first=SEALED)
+    arena.pool, arena.sealed = PagePool(capacity), PagePool(last, first=SEALED)
     renumber(arena, {page: SEALED + page for page in full} | {page: at for at, page in enumerate(stay)})
     opened, sealed = arena.holders()
     arena.pool.rebuild(opened)

@@ -149,15 +149,16 @@ class LayerStorage:
         """Codes and scales of K and of V for `capacity` sealed pages that begin with copies of the listed ones."""
         return [part.moved([page - SEALED for page in pages], capacity) for part in self.parts]
 
-    def close_all(self, keys: Tensor, values: Tensor, codecs: Codecs) -> None:
-        """Take all open pages for sealed ones of the same numbers, without a copy; others become the open ones.
+    def close_all(self, pages: int, keys: Tensor, values: Tensor, codecs: Codecs) -> None:
+        """Take the first open pages for sealed ones of the same numbers, without a copy; others become the open ones.
 
         Args:
+            pages: how many.
             keys: the new open pages' keys, `(kv_heads, pages, page_size, key_dim)` (see `compacted`).
             values: their values.
             codecs: of 16 bits.
         """
-        self.parts = [SealedPart.of_states(self.keys), SealedPart.of_states(self.values)]
+        self.parts = [SealedPart.of_states(states[:, :pages]) for states in (self.keys, self.values)]
         self.keys, self.values, self.codecs = keys, values, codecs
 
     def recode(self, codecs: Codecs) -> None:

@@ -17,6 +17,7 @@ import hf_ctxopt
 from hf_ctxopt.caches import context
 from hf_ctxopt.caches.base import PageCache
 from hf_ctxopt.caches.layer import PageLayer
+from hf_ctxopt.errors import InterruptedStepError
 from hf_ctxopt.integration.compat import cache_in, generate_argument
 from hf_ctxopt.integration.generate import slices_chunks
 from hf_ctxopt.integration.halving import out_of_memory
@@ -210,6 +211,20 @@ def test_a_text_that_goes_on(name: str, only_new: bool) -> None:
             cache.check_integrity()
     for got in outs[1:]:
         assert_same(got, outs[0], 1e-4)
+
+
+def test_new_tokens_alone_under_a_budget() -> None:
+    """The window's tokens are gone, nobody has the text, and the budget left no room to keep them: it is said so."""
+    model, options = llama(), {**CACHES["sink"][1], "budget": 56}
+    ids, mask = text()
+    with routed("fused", model, "ctx_sink", **options):
+        cache = hf_ctxopt.make_cache(model, "ctx_sink", **options)
+        run(model, cache, ids[:, :60], mask[:, :60], new=1)
+        want = run(model, hf_ctxopt.make_cache(model, "ctx_sink", **options), ids, mask)
+        with short_of_memory(model, 0, (1,)), pytest.raises(InterruptedStepError, match=r"cache\.reset\(\)"):
+            run(model, cache, ids[:, 60:], mask, AGAIN)
+        cache.reset()
+        assert_same(run(model, cache, ids, mask), want, 1e-4)
 
 
 @pytest.mark.parametrize("route", ["dense", "fused"])
