@@ -117,7 +117,7 @@ class _Prompt:
     @property
     def chunk(self) -> int:
         """Tokens of a chunk at first."""
-        return self.columns - self.start if self.given_chunk is None else self.given_chunk
+        return max(1, self.columns - self.start) if self.given_chunk is None else self.given_chunk
 
     @property
     def last(self) -> int:
@@ -185,7 +185,8 @@ def _in_pieces(read: Callable[[int, int], Any], cache: PageCache, prompt: _Promp
         try:
             outputs = read(at, stop)
         except (RuntimeError, MemoryError) as error:
-            if not _taken_back(error, cache, prompt, at, stop - at):
+            kept = at if stop == prompt.columns else stop
+            if not _taken_back(error, cache, prompt, kept, stop - at):
                 raise
             failed = True
     return outputs

@@ -38,7 +38,6 @@ CACHES: dict[str, tuple[str, dict[str, Any]]] = {
     "paged": ("ctx_paged", {"page_size": 8}),
     "paged_int8": ("ctx_paged", {"page_size": 8, "kv_bits": 8}),
     "paged_int4": ("ctx_paged", {"page_size": 8, "kv_bits": {"k": 4, "v": 2}}),
-    "sink_wide": ("ctx_sink", {"page_size": 8, "sinks": 4, "window": 300}),
     "sink_wide_int4": ("ctx_sink", {"page_size": 8, "sinks": 4, "window": 300, "kv_bits": 4}),
     "sink": ("ctx_sink", {"page_size": 8, "sinks": 4, "window": 40}),
     "sink_int8": ("ctx_sink", {"page_size": 8, "sinks": 4, "window": 40, "kv_bits": 8}),
@@ -142,12 +141,13 @@ def test_every_layer_and_several_chunks(route: str, name: str) -> None:
     ids, mask = text(2)
     with routed(route, model, kind, **options):
         plain = run(model, hf_ctxopt.make_cache(model, kind, attention_mask=mask, **options), ids, mask)
-        for place, calls in FAULTS:
+        for place, calls in FAULTS if route == "fused" else FAULTS[1::3]:  # the routes differ in reading only
             cache = hf_ctxopt.make_cache(model, kind, attention_mask=mask, **options)
             with short_of_memory(model, place, calls) as passes:
                 got = run(model, cache, ids, mask)
             assert cache.stats()["relief"][HALVED] == len(calls), (place, calls)
             cache.check_integrity()
+            assert not any(group.begun or group.guarded or group.keeping for group in cache.groups)
             if name in EXACT and (route, name) != ("dense", "sink"):  # stock attention has one gap for a whole chunk
                 assert_same(got, plain, 1e-4)
             chunks = passes.chunks(ids.shape[1])
