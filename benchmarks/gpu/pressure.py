@@ -98,7 +98,7 @@ def session(card: Card, monitored: bool) -> dict[str, Any]:
     patch = record_of(card.model)
     cache = hf_ctxopt.make_cache(card.model, patch.cache, **vars(patch.options))
     meter = card.meter(cache)
-    actions = usual(lambda: [cache], lambda: hf_ctxopt.stores().values(), lambda: monitor)
+    actions = usual(lambda: [cache], lambda: [], lambda: monitor)  # the session has no prefix store
     events: list[dict[str, Any]] = []
     monitor: Monitor = Monitor(
         meter, actions if monitored else [],
