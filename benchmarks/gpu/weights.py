@@ -176,9 +176,32 @@ def clear() -> None:
     torch.cuda.empty_cache()
 
 
+@torch.inference_mode()
+def graphs_are_right() -> list[dict[str, Any]]:
+    """Three packed layers: a graph's logits, as captured and compiled, against DynamicCache's on the same weights."""
+    model, rows = packed_llama_7b(layers=3), []
+    ids = torch.randint(2, 32000, (2, 70), device="cuda", generator=torch.Generator("cuda").manual_seed(3))
+    call = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 40, "do_sample": False, "disable_compile": True,
+            "return_dict_in_generate": True, "output_logits": True}  # fmt: skip
+    want = model.generate(ids, **call)
+    for compiled in (False, True):
+        with hf_ctxopt.patched(model, cache="ctx_paged", compile=compiled):
+            got = model.generate(ids, **call)
+        cache = next(got[key] for key in ("cache", "past_key_values") if got.get(key) is not None)
+        same = 0
+        while same < 40 and torch.equal(got.sequences[:, : 70 + same], want.sequences[:, : 70 + same]):
+            same += 1
+        errors = [float((a.float() - b.float()).norm() / b.float().norm())
+                  for a, b in zip(got.logits[:same], want.logits[:same], strict=True)]  # fmt: skip
+        rows.append({"compile": compiled, "graph": cache.stats()["graph"], "steps": same, "error": max(errors)})
+        print(rows[-1], flush=True)
+    return rows
+
+
 def whole_decode() -> list[dict[str, Any]]:
     """Q4_K_M and nf4 in the same run, two rounds."""
-    rows = []
+    rows = graphs_are_right()
+    clear()
     makers = {"Q4_K_M": packed_llama_7b, "nf4": llama_7b}
     for round in range(2):
         for name, make in makers.items():

@@ -25,7 +25,10 @@ def quantize_(
 
     Args:
         model: a transformers model on any device.
-        mix, include, exclude, overrides: see `GgufQuantConfig`.
+        mix: type of each tensor by llama.cpp's rules, as of `GgufQuantConfig`.
+        include: regular expressions of the modules to pack; all by default.
+        exclude: regular expressions of modules that stay as they are.
+        overrides: regular expression of module names -> block type.
 
     Returns:
         The same model; `save_pretrained` and `from_pretrained` know it from then on.
