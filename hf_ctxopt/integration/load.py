@@ -14,6 +14,8 @@ from ..errors import ConfigError, CtxoptError
 from ..planner.plan import Plan
 from ..planner.schemes import LOADED
 from ..planner.search import plan as make_plan
+from ..weights.gguf_file import GgufFile
+from ..weights.gguf_load import gguf_config
 from ..weights.mixes import MIXES
 from ..weights.others import OTHERS, check_other
 from ..weights.roles import NAMES, Role
@@ -112,7 +114,9 @@ def _model(plan: Plan, source: str, options: dict[str, Any], place: torch.device
     kept = [_pattern(_PARTS[part]) for part in plan.on_host]
     from_gguf = "gguf_file" in options  # such a file is unpacked first, and then packed again
     stored = None
-    if not from_gguf:
+    if from_gguf:
+        options["config"] = gguf_config(GgufFile(Path(source) / options["gguf_file"]))
+    else:
         stored = getattr(AutoConfig.from_pretrained(source, **_hub(options)), "quantization_config", None)
     ready = check_scheme(plan.weights, place.type, stored)
     config = None if ready else loading_config(plan.weights, kept, options["dtype"])

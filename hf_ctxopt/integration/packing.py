@@ -88,7 +88,9 @@ def check_in_memory(model: Any, weights: str) -> bool:
     if weights not in SCHEMES:
         raise ConfigError("weights", weights, f"one of {', '.join(SCHEMES)}")
     method, mix = _method(getattr(model.config, "quantization_config", None))
-    packed = method is not None or getattr(model, "hqq_quantized", False)
+    # transformers 5.24 leaves its mark of a .gguf file on models that it has unpacked, too.
+    integers = any(part.dim() > 1 and not part.is_floating_point() for part in model.parameters())
+    packed = integers or method not in (None, "gguf")
     if packed:
         if (METHOD, weights) == (method, mix):
             return False

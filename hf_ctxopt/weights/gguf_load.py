@@ -14,19 +14,25 @@ from transformers.pytorch_utils import Conv1D
 from ..errors import ConfigError, CorruptFileError, UnsupportedModelError
 from .codecs import decode
 from .config import GgufQuantConfig
+from .experts import experts_part
 from .gguf_file import GgufFile, need_gguf
 from .gguf_names import NamedTensor, named_tensors
+from .gguf_rope import FREQUENCIES, scaling_in
 from .selection import is_embedding, is_linear
 from .sizes import meta_model
 
 logger = logging.getLogger(__name__)
+_WIDTHS = {
+    "expert_feed_forward_length": "moe_intermediate_size",
+    "expert_shared_feed_forward_length": "shared_expert_intermediate_size",
+}
 
 
 def load_gguf(path: str | os.PathLike[str], dtype: torch.dtype | None = None, **options: Any) -> tuple[Any, Any]:
     """The model of a `.gguf` file with its blocks as they are, and its tokenizer.
 
-    Linears, `Conv1D`s and embeddings whose tensors have one of our block types stay packed; other tensors (norms,
-    experts in one tensor) are decoded to `dtype`.
+    Linears, `Conv1D`s, embeddings and experts whose tensors have one of our block types stay packed; other tensors
+    (norms, experts whose gate and up differ in type) are decoded to `dtype`.
 
     Args:
         path: the file.
@@ -51,7 +57,7 @@ def load_gguf(path: str | os.PathLike[str], dtype: torch.dtype | None = None, **
         raise ConfigError("dtype", str(dtype), "a floating dtype")
     need_gguf()
     file = GgufFile(path)
-    config = _config(file)
+    config = gguf_config(file)
     skeleton = meta_model(config)
     state, types = _state(file, skeleton, dtype)
     if getattr(config, "tie_word_embeddings", False):
@@ -68,7 +74,12 @@ def load_gguf(path: str | os.PathLike[str], dtype: torch.dtype | None = None, **
     return model.eval(), _tokenizer(file)
 
 
-def _config(file: GgufFile) -> Any:
+def gguf_config(file: GgufFile) -> Any:
+    """transformers' config of an open file, with what it leaves out: rotary scaling, and the widths of experts.
+
+    Raises:
+        UnsupportedModelError: an architecture that transformers cannot convert.
+    """
     from transformers import AutoConfig
 
     place = Path(file.header.path)
@@ -78,17 +89,40 @@ def _config(file: GgufFile) -> Any:
         raise UnsupportedModelError(f"{place}: transformers cannot convert {file.architecture}: {error}") from error
     if getattr(config, "quantization_config", None) is not None:
         del config.quantization_config
+    _scale_rotary(file, config)
+    text = config.get_text_config()
+    for key, name in _WIDTHS.items():
+        width = file.metadata.get(f"{file.architecture}.{key}")
+        if width and hasattr(text, name):
+            setattr(text, name, width)
     return config
 
 
+def _scale_rotary(file: GgufFile, config: Any) -> None:
+    """Put the file's rotary scaling, which transformers does not read, in the config of its full-attention layers."""
+    text = config.get_text_config()
+    rotary = getattr(text, "rope_parameters", None) or {}
+    own = rotary.get("full_attention", rotary)
+    divisors = file.dense(FREQUENCIES, torch.float32) if FREQUENCIES in file.tensors else None
+    found = scaling_in(file.metadata, file.architecture, divisors, float(own.get("rope_theta") or 10000.0))
+    if not found:
+        return
+    scaled = {**own, **found}
+    text.rope_parameters = {**rotary, "full_attention": scaled} if "full_attention" in rotary else scaled
+
+
 def _state(file: GgufFile, model: nn.Module, dtype: torch.dtype) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Values of the parameters, and module -> block type of those that are packed."""
+    """Values of the parameters, and name -> block type of what is packed, as of `selection.types_of`."""
     state: dict[str, Tensor] = {}
     types: dict[str, str] = {}
     halves: dict[str, dict[str, Tensor]] = {}
     decoded = []
+    stacks: dict[str, dict[str | None, NamedTensor]] = {}
     for named in named_tensors(file, model):
         module, _, leaf = named.parameter.rpartition(".")
+        if named.type is not None and experts_part(model, named.parameter) is not None:
+            stacks.setdefault(named.parameter, {})[named.part] = named
+            continue
         if named.type is not None and leaf == "weight" and _packable(model.get_submodule(module), named):
             types[module] = named.type
             # A copy: the file may be cut or rewritten while the model lives.
@@ -102,7 +136,19 @@ def _state(file: GgufFile, model: nn.Module, dtype: torch.dtype) -> tuple[dict[s
             state[named.parameter] = values.to(dtype, copy=True).contiguous()
         else:
             halves.setdefault(named.parameter, {})[named.part] = values.to(dtype)
+    for parameter, found in stacks.items():
+        kinds = {named.type for named in found.values()}
+        if len(kinds) == 1 and halves.get(parameter) is None:
+            types[parameter] = next(iter(found.values())).type or ""
+            halves[parameter] = {part or "": named.data for part, named in found.items()}
+            continue
+        decoded.append(parameter)  # rows of two types are one parameter
+        for part, named in found.items():
+            halves.setdefault(parameter, {})[part or ""] = decode(named.data, named.type or "", dtype)
     for parameter, parts in halves.items():
+        if set(parts) == {""}:
+            state[parameter] = parts[""].clone()
+            continue
         if set(parts) != {"gate", "up"}:
             raise CorruptFileError(file.header.path, f"tensors are missing for {parameter}")
         state[parameter] = torch.cat([parts["gate"], parts["up"]], dim=-2)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..errors import UnsupportedModelError
+from .gguf_rope import rotary_of, scaling_metadata
 from .upstream import config_keys
 
 # transformers' model type -> (llama.cpp's architecture, transformers' name of the table's row). In these the values
@@ -40,13 +41,13 @@ def metadata_of(config: Any) -> dict[str, Any]:
     """Metadata keys (with their architecture) and values of a text config.
 
     Raises:
-        UnsupportedModelError: an architecture that is not written, or a scaled rotary embedding, which transformers
-            does not read back from a file.
+        UnsupportedModelError: an architecture that is not written, or a scaling of the rotary embedding that no file
+            can hold.
         CompatibilityError: transformers' table is gone.
     """
     family = family_of(config)
     architecture, row = ARCHITECTURES[family]
-    rotary = _rotary(config)
+    rotary = rotary_of(config)
     found: dict[str, Any] = {}
     for key, name in config_keys()[row].items():
         if name is None:
@@ -56,7 +57,8 @@ def metadata_of(config: Any) -> dict[str, Any]:
             found[f"{architecture}.{key}"] = value
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     # What llama.cpp wants besides; transformers ignores it where it is not in its table.
-    found[f"{architecture}.rope.dimension_count"] = int(head * rotary.get("partial_rotary_factor", 1.0))
+    found[f"{architecture}.rope.dimension_count"] = rotated_channels(config)
+    found.update(scaling_metadata(rotary, architecture))
     found[f"{architecture}.attention.key_length"] = found[f"{architecture}.attention.value_length"] = head
     for key, name in TOKENS.items():
         token = getattr(config, name, None)
@@ -67,13 +69,7 @@ def metadata_of(config: Any) -> dict[str, Any]:
     return found
 
 
-def _rotary(config: Any) -> dict[str, Any]:
-    """Rotary facts of the full-attention layers; other layers' bases are the architecture's own."""
-    facts = dict(getattr(config, "rope_parameters", None) or {})
-    if "full_attention" in facts:
-        facts = dict(facts["full_attention"])
-    kind = facts.get("rope_type", "default")
-    if kind != "default":
-        raise UnsupportedModelError(f"no .gguf is written for the rotary scaling {kind!r}")
-    facts.setdefault("rope_theta", 10000.0)
-    return facts
+def rotated_channels(config: Any) -> int:
+    """Channels of a head that are rotated."""
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return int(head * (rotary_of(config).get("partial_rotary_factor") or 1.0))

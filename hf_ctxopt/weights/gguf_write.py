@@ -16,7 +16,8 @@ from torch import Tensor
 from ..errors import ConfigError, UnsupportedModelError
 from .blocks import block_type
 from .gguf_file import need_gguf
-from .gguf_metadata import ARCHITECTURES, PLUS_ONE, ROTATED, family_of, metadata_of
+from .gguf_metadata import ARCHITECTURES, PLUS_ONE, ROTATED, family_of, metadata_of, rotated_channels
+from .gguf_rope import FREQUENCIES, frequency_divisors, rotary_of
 from .row_orders import halves_to_rotary
 
 
@@ -83,6 +84,10 @@ def write_gguf(
                 raise UnsupportedModelError(f"{weight.parameter} has no place in a .gguf of {architecture}")
             kept.append(weight)
             _announce(writer, gguf, name, weight)
+        divisors = frequency_divisors(rotary_of(config), rotated_channels(config))
+        if divisors is not None:
+            kept.append(Weight(FREQUENCIES, None, divisors))
+            _announce(writer, gguf, FREQUENCIES, kept[-1])
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()

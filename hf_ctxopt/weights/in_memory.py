@@ -12,6 +12,7 @@ from .codecs import encode_searched
 from .config import GgufQuantConfig
 from .experts import GgufExperts, experts_part
 from .linear import GgufEmbedding, GgufLinear
+from .merging import guard_merging
 from .selection import replacement, types_of
 
 
@@ -98,6 +99,7 @@ def _packed(module: Any, type: str, shared: dict[int, nn.Parameter], kept: list[
 def _announce(model: Any, config: GgufQuantConfig) -> None:
     from .quantizer import GgufQuantizer
 
+    guard_merging()
     model.hf_quantizer = GgufQuantizer(config, pre_quantized=True)
     model.is_quantized = True
     model.quantization_method = config.quant_method

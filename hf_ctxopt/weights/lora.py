@@ -14,6 +14,7 @@ from torch import nn
 
 from ..errors import CtxoptError, UnsupportedModelError
 from .linear import GgufLinear
+from .merging import REFUSAL
 
 try:
     from peft.tuners.lora.layer import Linear as _Lora
@@ -26,10 +27,7 @@ class GgufLora(_Lora):  # type: ignore[misc, unused-ignore]
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Refused: blocks cannot take an adapter in. Raises `UnsupportedModelError`."""
-        raise UnsupportedModelError(
-            "adapters cannot be merged into packed weights, which would round them away; keep them beside the model "
-            "(save_pretrained of PEFT), or call merge_and_unload(), which leaves dense linears in their place"
-        )
+        raise UnsupportedModelError(REFUSAL)
 
     @torch.no_grad()
     def unload_and_optionally_merge_module(

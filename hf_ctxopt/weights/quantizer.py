@@ -13,6 +13,7 @@ from ..errors import ConfigError
 from .blocks import BLOCKS
 from .experts import packed_type
 from .mapped import real_paths
+from .merging import guard_merging
 from .selection import expect_, types_of
 
 
@@ -36,6 +37,7 @@ class GgufQuantizer(HfQuantizer):
         dtype = getattr(model.config, "dtype", None) or torch.get_default_dtype()
         expect_(model, config.types, dtype, packed=self.pre_quantized)
         model.config.quantization_config = config
+        guard_merging()
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
         """Whether the loader must pack this parameter."""

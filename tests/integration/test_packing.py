@@ -182,6 +182,14 @@ def test_what_is_packed_only_while_loading_names_load(
     assert not any(isinstance(module, GgufLinear) for module in dense.modules())
 
 
+def test_a_model_unpacked_from_a_gguf_file_can_be_packed(folder: Path) -> None:
+    model = LlamaForCausalLM.from_pretrained(folder)
+    model.config.quantization_config = {"quant_method": "gguf"}  # transformers' mark of where it came from
+    assert check_in_memory(model, "Q8_0")
+    hf_ctxopt.patch_model(model, weights="Q8_0")
+    assert isinstance(model.model.layers[0].mlp.up_proj, GgufLinear)
+
+
 def test_a_plan_has_its_own_weights(folder: Path) -> None:
     plan = hf_ctxopt.plan(folder, weights="Q8_0", device="cpu")
     with pytest.raises(ConfigError, match="beside a plan"):

@@ -5,13 +5,18 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 
+import gguf
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from hf_ctxopt.errors import ConfigError, CorruptFileError
-from hf_ctxopt.weights.gguf_load import load_gguf
+from hf_ctxopt.weights.codecs import encode
+from hf_ctxopt.weights.experts import GgufExperts
+from hf_ctxopt.weights.gguf_file import GgufFile
+from hf_ctxopt.weights.gguf_load import gguf_config, load_gguf
 from hf_ctxopt.weights.linear import GgufEmbedding, GgufLinear
+from hf_ctxopt.weights.sizes import meta_model
 from tests.weights.test_gguf_names import SMALL, write
 
 IDS = torch.arange(2, 30).view(2, -1)
@@ -79,3 +84,74 @@ def test_packaged_smollm2(smollm2) -> None:
     assert model.lm_head.weight is model.model.embed_tokens.weight
     assert held(model) < 0.4 * held(smollm2.model)
     assert model.config.num_hidden_layers == 30
+
+
+MIXTURE = {
+    "vocab_size": 96, "hidden_size": 256, "intermediate_size": 512, "moe_intermediate_size": 256,
+    "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64, "num_experts": 4,
+    "num_experts_per_tok": 2, "norm_topk_prob": True, "tie_word_embeddings": False,
+}  # fmt: skip
+
+
+def write_mixture(path: Path, up: str) -> None:
+    """A Qwen3 mixture as llama.cpp's converter writes it; `up` is the block type of the up rows."""
+    config = AutoConfig.for_model("qwen3_moe", **MIXTURE)
+    writer = gguf.GGUFWriter(path, "qwen3moe")
+    keys = {
+        "block_count": 2, "context_length": 128, "embedding_length": 256, "feed_forward_length": 512,
+        "expert_feed_forward_length": 256, "expert_count": 4, "expert_used_count": 2, "attention.head_count": 4,
+        "attention.head_count_kv": 2, "attention.key_length": 64, "attention.value_length": 64,
+    }  # fmt: skip
+    for key, value in keys.items():
+        writer.add_uint32(f"qwen3moe.{key}", value)
+    writer.add_float32("qwen3moe.attention.layer_norm_rms_epsilon", 1e-6)
+    writer.add_float32("qwen3moe.rope.freq_base", 1e6)
+    writer.add_token_list([f"t{i}" for i in range(96)])
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN3MOE, 2)
+    torch.manual_seed(0)
+
+    def add(name: str, values: torch.Tensor, type: str = "Q8_0") -> None:
+        if values.dim() == 1 or name.endswith("ffn_gate_inp.weight"):
+            writer.add_tensor(name, values.numpy())
+        else:
+            writer.add_tensor(name, encode(values, type).numpy(), raw_dtype=gguf.GGMLQuantizationType[type])
+
+    for name, parameter in meta_model(config).named_parameters():
+        values = 0.1 * torch.randn(parameter.shape) + (1.0 if parameter.dim() == 1 else 0.0)
+        layer = name.split(".")[2] if "layers" in name else ""
+        if name.endswith("gate_up_proj"):
+            gate, rows = values.chunk(2, dim=1)
+            add(f"blk.{layer}.ffn_gate_exps.weight", gate.contiguous())
+            add(f"blk.{layer}.ffn_up_exps.weight", rows.contiguous(), up)
+        elif name.endswith("experts.down_proj"):
+            add(f"blk.{layer}.ffn_down_exps.weight", values, "Q6_K")
+        else:
+            add(names.get_name(name, try_suffixes=(".weight",)), values)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+@pytest.mark.parametrize("up", ["Q8_0", "Q4_K"])
+def test_experts_stay_packed(up: str, tmp_path: Path) -> None:
+    path = tmp_path / "model.gguf"
+    write_mixture(path, up)
+    config = gguf_config(GgufFile(path))  # transformers alone takes every expert for 768 wide
+    assert config.moe_intermediate_size == 256
+    dense = AutoModelForCausalLM.from_pretrained(
+        tmp_path, gguf_file="model.gguf", config=config, dtype=torch.float32
+    ).eval()
+    model, _ = load_gguf(path)
+    experts = model.model.layers[1].mlp.experts
+    assert isinstance(experts, GgufExperts)
+    assert experts.block_types["down_proj"] == "Q6_K"
+    # Gate and up rows are one parameter: it is packed where they have one type.
+    assert (experts.gate_up_proj.dtype == torch.uint8) is (up == "Q8_0")
+    with torch.no_grad():
+        logits = model(IDS).logits
+        torch.testing.assert_close(logits, dense(IDS).logits, rtol=1e-4, atol=1e-4)
+    model.save_pretrained(tmp_path / "saved")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    with torch.no_grad():
+        assert torch.equal(again(IDS).logits, logits)

@@ -75,9 +75,9 @@ def test_what_cannot_be_written_is_named(tmp_path):
     path.write_bytes(b"older")
     with pytest.raises(UnsupportedModelError, match="falcon"):
         write_gguf(path, AutoConfig.for_model("falcon"), [])
-    scaled = AutoConfig.for_model("llama", **SMALL, rope_parameters={"rope_type": "linear", "factor": 2.0,
+    scaled = AutoConfig.for_model("llama", **SMALL, rope_parameters={"rope_type": "dynamic", "factor": 2.0,
                                                                       "rope_theta": 1e4})  # fmt: skip
-    with pytest.raises(UnsupportedModelError, match="linear"):
+    with pytest.raises(UnsupportedModelError, match="dynamic"):
         write_gguf(path, scaled, [])
     with pytest.raises(UnsupportedModelError, match="model.adapter"):
         write_gguf(path, model.config, [Weight("model.adapter.weight", None, torch.zeros(2, 2))])

@@ -63,6 +63,21 @@ def test_merging_in_place_is_refused_and_unloading_dequantizes() -> None:
 
 
 @torch.no_grad()
+def test_a_plain_config_refuses_to_merge_clearly() -> None:
+    ours, model = adapted(True)
+    want = ours(IDS).logits
+    for merge in (ours.merge_adapter, ours.merge_and_unload, lambda: ours.merge_and_unload(safe_merge=True)):
+        with pytest.raises(hf_ctxopt.UnsupportedModelError, match="packed_lora"):
+            merge()
+    assert torch.equal(ours(IDS).logits, want)
+    plain = ours.unload()
+    assert isinstance(plain.model.layers[0].self_attn.q_proj, GgufLinear)
+    dense, _ = adapted(False)
+    want = dense(IDS).logits
+    torch.testing.assert_close(dense.merge_and_unload()(IDS).logits, want, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
 def test_unloading_gives_the_packed_model_back() -> None:
     ours, model = adapted(True, marked=True)
     with ours.disable_adapter():
