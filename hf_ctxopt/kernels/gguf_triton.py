@@ -81,15 +81,16 @@ def matmul(x: Tensor, packed: Tensor, type: str, launch: Launch | None = None) -
             x = x.clone()
         x = x.view(torch.int32)
     early = starts_early(x.device)
+    even = outputs % launch.tile == 0
     grid = (-(-rows // taken), -(-outputs // launch.tile))
     common = {"COLUMNS": columns, "KIND": kind, "TAKEN": taken, "TILE": launch.tile, "CHUNKS": launch.chunks,
               "EARLY": early, "num_warps": launch.warps}  # fmt: skip
     if early:
         common["launch_pdl"] = True
     if wide:
-        matmul_k[grid](x, packed.view(torch.int32), out, rows, outputs, BITS=bits, ASM=ASM, **common)
+        matmul_k[grid](x, packed.view(torch.int32), out, rows, outputs, BITS=bits, EVEN=even, ASM=ASM, **common)
     elif type == "Q6_K":
-        matmul_q6[grid](x, packed.view(torch.int16), out, rows, outputs, ASM=ASM, **common)
+        matmul_q6[grid](x, packed.view(torch.int16), out, rows, outputs, EVEN=even, ASM=ASM, **common)
     else:
         matmul_flat[grid](x, packed.view(torch.int16), out, rows, outputs, BITS=bits, AFFINE=affine, **common)
     return out
