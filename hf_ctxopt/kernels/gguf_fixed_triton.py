@@ -148,7 +148,8 @@ def load_four_words(packed, place, start, ALIGNED: tl.constexpr, ASM: tl.constex
     else:
         half = place + start
         at = packed + (half >> 2)
-    a, b, c = tl.load(at), tl.load(at + 1), tl.load(at + 2)
+    # No 64-bit word is read that has none of the bytes wanted: it could lie behind the end of the memory.
+    a, b, c = tl.load(at), tl.load(at + 1), tl.load(at + tl.where((half & 3) != 0, 2, 1))
     skip, shifted = (half & 2) != 0, (half & 1) != 0
     a0, a1 = a.to(tl.int32), (a >> 32).to(tl.int32)
     b0, b1 = b.to(tl.int32), (b >> 32).to(tl.int32)
