@@ -162,31 +162,3 @@ def load_four_words(packed, place, start, ALIGNED: tl.constexpr, ASM: tl.constex
         _next_half(v2, v3, shifted, ASM),
         _next_half(v3, v4, shifted, ASM),
     )
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def fetch_ahead(packed, left, BYTES: tl.constexpr, WARPS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Asks for the next `BYTES` bytes, `left` at most, to be brought into the L2 cache; needs compute capability 9.0.
-
-    Registers hold only a part of what a multiprocessor's share of the memory bandwidth takes to be used up; the rest
-    of a program's weights comes with a few instructions.
-
-    Args:
-        packed: pointer to the first of them.
-        left: bytes to the end of the weight.
-    """
-    address = packed.to(tl.int64) & -16
-    left = (left + (packed.to(tl.int64) - address).to(tl.int32)) & -16
-    EACH: tl.constexpr = (BYTES + 16 * WARPS - 1) // (16 * WARPS) * 16
-    first = tl.arange(0, 32 * WARPS) // 32 * EACH  # alike in a warp, which asks once
-    tl.inline_asm_elementwise(
-        """
-        {
-            .reg .pred some;
-            setp.gt.s32 some, $2, 0;
-            @some cp.async.bulk.prefetch.L2.global [$1], $2;
-            mov.b32 $0, $2;
-        }
-        """,
-        "=r,l,r", [address + first, tl.minimum(left - first, EACH)], dtype=tl.int32, is_pure=False, pack=1,
-    )  # fmt: skip

@@ -11,15 +11,7 @@ from __future__ import annotations
 import triton
 from triton import language as tl
 
-from hf_ctxopt.kernels.gguf_fixed_triton import (
-    dot_eight,
-    fetch_ahead,
-    fixed,
-    load_four_words,
-    spread,
-    spread_unit,
-    sum_of,
-)
+from hf_ctxopt.kernels.gguf_fixed_triton import dot_eight, fixed, load_four_words, spread, spread_unit, sum_of
 from hf_ctxopt.kernels.gguf_parts_triton import half_of
 
 LIMIT = tl.constexpr(32767.0)  # 32 products of this and 128 stay below 2^31
@@ -54,28 +46,18 @@ def _codes(packed, wide, head, start, BITS: tl.constexpr, AFFINE: tl.constexpr, 
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _rounded(x, row, rows, first, COLUMNS: tl.constexpr, KIND: tl.constexpr, CHUNKS: tl.constexpr, ASM: tl.constexpr):  # type: ignore[no-untyped-def]
-    """A row's activations from chunk `first`: eight tuples of words, both blocks' sums, the unit."""
-    index = first * 32 + tl.arange(0, CHUNKS)[:, None] * 32 + tl.arange(0, 32)[None, :]
-    given = (index < COLUMNS // 2) & (index * 0 + row < rows)
-    words, unit = fixed(x, row * (COLUMNS // 2) + index, given, KIND, LIMIT, ASM)
-    xs = spread(words, CHUNKS)
-    near, far = sum_of(xs[0], xs[1], ASM) + sum_of(xs[2], xs[3], ASM), sum_of(xs[4], xs[5], ASM) + sum_of(xs[6], xs[7], ASM)
-    return (xs[0], xs[1], xs[2], xs[3]), (xs[4], xs[5], xs[6], xs[7]), near, far, spread_unit(unit, CHUNKS)
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def _product(weights, x, sum, BITS: tl.constexpr, AFFINE: tl.constexpr, ASM: tl.constexpr):  # type: ignore[no-untyped-def]
+def _product(codes, factor, minimum, x0, x1, x2, x3, BITS: tl.constexpr, AFFINE: tl.constexpr, ASM: tl.constexpr):  # type: ignore[no-untyped-def]
     """A block times 32 activations (four tuples of four words), (CHUNKS, TILE)."""
-    codes, factor, minimum = weights
     SIGNED: tl.constexpr = BITS == 8
     total = tl.zeros(factor.shape, tl.int32)
-    if BITS != 8 and not AFFINE:  # codes have a surplus: the sum starts at what that adds, negated
-        total -= sum * (1 << (BITS - 1))
-    total = dot_eight(total, x[0], codes[0], codes[1], SIGNED, ASM)
-    total = dot_eight(total, x[1], codes[2], codes[3], SIGNED, ASM)
-    total = dot_eight(total, x[2], codes[4], codes[5], SIGNED, ASM)
-    total = dot_eight(total, x[3], codes[6], codes[7], SIGNED, ASM)
+    if BITS != 8:
+        sum = sum_of(x0, x1, ASM) + sum_of(x2, x3, ASM)
+        if not AFFINE:  # codes have a surplus: the sum starts at what that adds, negated
+            total -= sum * (1 << (BITS - 1))
+    total = dot_eight(total, x0, codes[0], codes[1], SIGNED, ASM)
+    total = dot_eight(total, x1, codes[2], codes[3], SIGNED, ASM)
+    total = dot_eight(total, x2, codes[4], codes[5], SIGNED, ASM)
+    total = dot_eight(total, x3, codes[6], codes[7], SIGNED, ASM)
     product = factor * total.to(tl.float32)
     if AFFINE:
         product += minimum * sum.to(tl.float32)
@@ -93,14 +75,12 @@ def matmul_flat(  # type: ignore[no-untyped-def]
     BITS: tl.constexpr,
     AFFINE: tl.constexpr,  # blocks with a minimum: Q4_1, Q5_1
     KIND: tl.constexpr,
-    TAKEN: tl.constexpr,  # these as of `matmul_k`
+    TAKEN: tl.constexpr,
     TILE: tl.constexpr,
-    PARTS: tl.constexpr,
     CHUNKS: tl.constexpr,
     EARLY: tl.constexpr,
-    EVEN: tl.constexpr,
+    EVEN: tl.constexpr,  # whether outputs are a multiple of TILE
     ASM: tl.constexpr,
-    WARPS: tl.constexpr,
 ):
     """out[m, o] = sum over columns of x[m] times weight[o].
 
@@ -117,54 +97,35 @@ def matmul_flat(  # type: ignore[no-untyped-def]
     ALIGNED: tl.constexpr = ROW % 4 == 0
     STEPS: tl.constexpr = (BLOCKS + 2 * CHUNKS - 1) // (2 * CHUNKS)
     some = tl.program_id(0) * TAKEN
-    tile = tl.program_id(1) * (TILE * PARTS)
+    tile = tl.program_id(1) * TILE
+    output = tl.arange(0, TILE)
     # The program's first weight, at a multiple of 8 bytes, and the 16-bit words left over.
     before = tile.to(tl.int64) * ROW
     left_over = (before & 3).to(tl.int32)
     packed += before - left_over
     wide = packed.to(tl.pointer_type(tl.int64))
-    output = tl.arange(0, TILE)[None, :]
-    part = tl.arange(0, PARTS)[:, None]
-    result = tl.zeros((TAKEN * PARTS, TILE), tl.float32)
+    start = ((output if EVEN else tl.minimum(output, outputs - 1 - tile)) * ROW)[None, :]
+    result = tl.zeros((TAKEN, TILE), tl.float32)
     for step in tl.range(STEPS):
-        first = step * CHUNKS
-        chunk = first + tl.arange(0, CHUNKS)
-        near_head = (left_over + tl.minimum(2 * chunk, BLOCKS - 1) * WORDS)[:, None]
-        far_head = (left_over + tl.minimum(2 * chunk + 1, BLOCKS - 1) * WORDS)[:, None]
-        start = (output if EVEN else tl.minimum(output, outputs - 1 - tile)) * ROW
-        near = _codes(packed, wide, near_head, start, BITS, AFFINE, ALIGNED, ASM)
-        far = _codes(packed, wide, far_head, start, BITS, AFFINE, ALIGNED, ASM)
+        chunk = step * CHUNKS + tl.arange(0, CHUNKS)
+        head = (left_over + tl.minimum(2 * chunk, BLOCKS - 1) * WORDS)[:, None]
+        near, near_factor, near_minimum = _codes(packed, wide, head, start, BITS, AFFINE, ALIGNED, ASM)
+        head = (left_over + tl.minimum(2 * chunk + 1, BLOCKS - 1) * WORDS)[:, None]
+        far, far_factor, far_minimum = _codes(packed, wide, head, start, BITS, AFFINE, ALIGNED, ASM)
         if EARLY:
-            if PARTS * STEPS > 1 and step == 0:
-                HERE: tl.constexpr = TILE if STEPS == 1 else 0  # these rows are loaded already
-                size = tl.minimum(outputs - tile - HERE, TILE * PARTS) * (ROW * 2)
-                fetch_ahead(packed + (left_over + HERE * ROW), size, (TILE * PARTS - HERE) * ROW * 2, WARPS)
             tl.extra.cuda.gdc_wait()
-        if PARTS == 1:
-            for m in tl.range(TAKEN):
-                given = _rounded(x, some + m, rows, first, COLUMNS, KIND, CHUNKS, ASM)
-                done = _product(near, given[0], given[2], BITS, AFFINE, ASM)
-                done += _product(far, given[1], given[3], BITS, AFFINE, ASM)
-                done = tl.sum(done * given[4], 0)
-                result += tl.where(tl.arange(0, TAKEN)[:, None] == m, done[None, :], 0.0)
-        else:
-            given = _rounded(x, some, rows, first, COLUMNS, KIND, CHUNKS, ASM)
-            for index in tl.static_range(PARTS):
-                done = _product(near, given[0], given[2], BITS, AFFINE, ASM)
-                done += _product(far, given[1], given[3], BITS, AFFINE, ASM)
-                if index + 1 < PARTS:
-                    start = output + (index + 1) * TILE
-                    start = (start if EVEN else tl.minimum(start, outputs - 1 - tile)) * ROW
-                    near = _codes(packed, wide, near_head, start, BITS, AFFINE, ALIGNED, ASM)
-                    far = _codes(packed, wide, far_head, start, BITS, AFFINE, ALIGNED, ASM)
-                result += tl.where(part == index, tl.sum(done * given[4], 0)[None, :], 0.0)
-    if PARTS == 1:
-        row = some + tl.arange(0, TAKEN)[:, None]
-        output = tile + output
-    else:
-        row = some + part * 0
-        output = tile + part * TILE + output
-    tl.store(
-        out + row.to(tl.int64) * outputs + output, result.to(out.dtype.element_ty),
-        mask=(row < rows) & (output < outputs),
-    )  # fmt: skip
+        index = chunk[:, None] * 32 + tl.arange(0, 32)[None, :]
+        for m in tl.range(TAKEN):
+            given = index < COLUMNS // 2
+            if TAKEN > 1:
+                given &= index * 0 + some + m < rows
+            words, unit = fixed(x, (some + m) * (COLUMNS // 2) + index, given, KIND, LIMIT, ASM)
+            x0, x1, x2, x3, x4, x5, x6, x7 = spread(words, CHUNKS)
+            done = _product(near, near_factor, near_minimum, x0, x1, x2, x3, BITS, AFFINE, ASM)
+            done += _product(far, far_factor, far_minimum, x4, x5, x6, x7, BITS, AFFINE, ASM)
+            done = tl.sum(done * spread_unit(unit, CHUNKS), 0)
+            result += tl.where(tl.arange(0, TAKEN)[:, None] == m, done[None, :], 0.0)
+    row = some + tl.arange(0, TAKEN)
+    place_out = row[:, None].to(tl.int64) * outputs + (tile + output)[None, :]
+    fits = tile + output < outputs
+    tl.store(out + place_out, result.to(out.dtype.element_ty), mask=(row < rows)[:, None] & fits[None, :])

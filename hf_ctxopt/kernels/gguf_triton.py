@@ -25,16 +25,14 @@ class Launch:
     """How a kernel is started.
 
     Args:
-        tile: outputs that a program holds at a time.
+        tile: outputs of a program.
         chunks: 64-weight pieces of a row that a program holds at a time, 16, 32 or 64.
         warps: warps of a program.
-        parts: times `tile` outputs of a program; more than one for one row only.
     """
 
     tile: int
     chunks: int
     warps: int
-    parts: int = 1
 
 
 # Type -> (bits, minimum)
@@ -93,10 +91,10 @@ def matmul(x: Tensor, packed: Tensor, type: str, launch: Launch | None = None) -
     if kind != 2:
         x = x.view(torch.int32)
     early = starts_early(x.device)
-    even = outputs % (launch.tile * launch.parts) == 0
-    grid = (-(-rows // taken), -(-outputs // (launch.tile * launch.parts)))
-    common = {"COLUMNS": columns, "KIND": kind, "TAKEN": taken, "TILE": launch.tile, "PARTS": launch.parts,
-              "CHUNKS": launch.chunks, "WARPS": launch.warps, "EARLY": early, "EVEN": even, "ASM": ASM, "num_warps": launch.warps}  # fmt: skip
+    even = outputs % launch.tile == 0
+    grid = (-(-rows // taken), -(-outputs // launch.tile))
+    common = {"COLUMNS": columns, "KIND": kind, "TAKEN": taken, "TILE": launch.tile, "CHUNKS": launch.chunks,
+              "EARLY": early, "EVEN": even, "ASM": ASM, "num_warps": launch.warps}  # fmt: skip
     if early:
         common["launch_pdl"] = True
     if wide:

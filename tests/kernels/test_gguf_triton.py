@@ -41,14 +41,6 @@ def test_row_longer_than_a_step(type: str) -> None:
     torch.testing.assert_close(got, want, rtol=1e-3, atol=2e-3)
 
 
-@pytest.mark.parametrize("type", ["Q4_K", "Q5_K", "Q6_K", "Q8_0", "Q5_1"])
-def test_outputs_in_parts(type: str) -> None:
-    """A program takes its outputs in three goes, the last of which has none left."""
-    x, packed, want = problem(type, 1, 9, 1280, torch.float32)
-    got = matmul(x, packed, type, Launch(tile=2, chunks=16, warps=1, parts=4))
-    torch.testing.assert_close(got, want, rtol=1e-3, atol=2e-3)
-
-
 @pytest.mark.parametrize("type", list(BLOCKS))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_decoded_weight_is_the_codecs(type: str, dtype: torch.dtype) -> None:
