@@ -22,7 +22,7 @@ SMALLEST = tl.constexpr(1e-30)  # below it an activation counts as 0: 32,767 / 1
 ROUND = tl.constexpr(12582912.0)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def _larger(first, second):  # type: ignore[no-untyped-def]
     """Larger of two sizes; NaN if either is."""
     return tl.maximum(first, second, propagate_nan=tl.PropagateNan.ALL)
@@ -85,7 +85,7 @@ def spread(words, CHUNKS: tl.constexpr):  # type: ignore[no-untyped-def]
 
 @triton.jit  # type: ignore[untyped-decorator]
 def spread_unit(unit, CHUNKS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """(CHUNKS, 1) for the threads of `spread`'s results: it takes their way, or the products would be moved instead."""
+    """(CHUNKS, 1) for the threads of `spread`'s results: it takes their way; else the products would."""
     return spread(unit.broadcast_to(CHUNKS, 32), CHUNKS)[0][0]
 
 

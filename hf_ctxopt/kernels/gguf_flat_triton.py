@@ -25,7 +25,9 @@ def _fifths(bits, FIRST: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _codes(packed, wide, head, start, BITS: tl.constexpr, AFFINE: tl.constexpr, ALIGNED: tl.constexpr, ASM: tl.constexpr):  # type: ignore[no-untyped-def]
+def _codes(  # type: ignore[no-untyped-def]
+    packed, wide, head, start, BITS: tl.constexpr, AFFINE: tl.constexpr, ALIGNED: tl.constexpr, ASM: tl.constexpr
+):
     """A block's 32 codes as bytes of eight words, in order, its factor and its minimum."""
     factor = half_of(tl.load(packed + head + start).to(tl.int32))
     minimum = half_of(tl.load(packed + head + start + 1).to(tl.int32)) if AFFINE else factor
@@ -40,8 +42,9 @@ def _codes(packed, wide, head, start, BITS: tl.constexpr, AFFINE: tl.constexpr, 
         if BITS == 5:  # bit i of 32 is the fifth of weight i
             near = tl.load(packed + head + start + HEAD).to(tl.int32)
             far = tl.load(packed + head + start + (HEAD + 1)).to(tl.int32)
-            c0, c1, c2, c3 = c0 | _fifths(near, 0), c1 | _fifths(near, 4), c2 | _fifths(near, 8), c3 | _fifths(near, 12)
-            c4, c5, c6, c7 = c4 | _fifths(far, 0), c5 | _fifths(far, 4), c6 | _fifths(far, 8), c7 | _fifths(far, 12)
+            c0, c1, c2 = c0 | _fifths(near, 0), c1 | _fifths(near, 4), c2 | _fifths(near, 8)
+            c3, c4, c5 = c3 | _fifths(near, 12), c4 | _fifths(far, 0), c5 | _fifths(far, 4)
+            c6, c7 = c6 | _fifths(far, 8), c7 | _fifths(far, 12)
     return (c0, c1, c2, c3, c4, c5, c6, c7), factor, minimum
 
 
