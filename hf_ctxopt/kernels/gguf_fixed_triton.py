@@ -17,7 +17,7 @@ from triton import language as tl
 
 from hf_ctxopt.kernels.gguf_parts_triton import load_pair, split_four
 
-SMALLEST = tl.constexpr(1e-30)  # below it an activation counts as 0: 32,767 / 1e-34 would overflow
+SMALLEST = tl.constexpr(1e-30)  # an activation below it counts as 0: the inverse of its unit would be too large
 # 1.5 * 2^23: added to a float below 2^22 it leaves the float's nearest integer in the low bits.
 ROUND = tl.constexpr(12582912.0)
 
@@ -42,13 +42,14 @@ def fixed(x, index, given, KIND: tl.constexpr, LIMIT: tl.constexpr, ASM: tl.cons
     """
     first, second = load_pair(x, index, given, KIND)
     size = tl.reduce(_larger(tl.abs(first), tl.abs(second)), 1, _larger, keep_dims=True)
+    unit = size * (1 / LIMIT)
     if ASM:
-        over = tl.inline_asm_elementwise(
-            "rcp.approx.ftz.f32 $0, $1;", "=r,r", [size], dtype=tl.float32, is_pure=True, pack=1
+        scale = tl.inline_asm_elementwise(
+            "rcp.approx.ftz.f32 $0, $1;", "=r,r", [unit], dtype=tl.float32, is_pure=True, pack=1
         )
     else:
-        over = 1.0 / tl.maximum(size, SMALLEST)
-    scale = tl.where(size > SMALLEST, over * LIMIT, 0.0)  # NaN and infinity come back by the unit
+        scale = 1.0 / tl.maximum(unit, SMALLEST / LIMIT)
+    scale = tl.where(size > SMALLEST, scale, 0.0)  # NaN and infinity come back by the unit
     first = (first * scale + ROUND).to(tl.int32, bitcast=True)
     second = (second * scale + ROUND).to(tl.int32, bitcast=True)
     if ASM:
@@ -57,7 +58,7 @@ def fixed(x, index, given, KIND: tl.constexpr, LIMIT: tl.constexpr, ASM: tl.cons
         )
     else:
         words = (first & 0xFFFF) | (second << 16)
-    return words, size * (1 / LIMIT)
+    return words, unit
 
 
 @triton.jit  # type: ignore[untyped-decorator]
