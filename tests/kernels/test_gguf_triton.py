@@ -8,6 +8,7 @@ import torch
 pytest.importorskip("triton")
 from hf_ctxopt.kernels import gguf_decode_triton
 from hf_ctxopt.kernels.gguf_triton import Launch, matmul
+from hf_ctxopt.weights import linear
 from hf_ctxopt.weights.blocks import BLOCKS
 from hf_ctxopt.weights.codecs import decode, encode
 
@@ -62,3 +63,14 @@ def test_zeros_large_and_missing_numbers(type: str) -> None:
     torch.testing.assert_close(got[1], weight @ x[1], rtol=1e-4, atol=0.5)
     assert not got[2:4].isfinite().any()
     torch.testing.assert_close(got[4], weight @ x[4], rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("shape", [(), (3,), (2, 2)])
+def test_embedding_by_the_kernel(shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear, "_exact_decoder", lambda device: gguf_decode_triton.decode)
+    _, packed, _ = problem("Q6_K", 1, 5, 512, torch.float32)
+    layer = linear.GgufEmbedding(5, 512, "Q6_K", torch.float16)
+    layer.weight = torch.nn.Parameter(packed, requires_grad=False)
+    ids = torch.randint(0, 5, shape, generator=torch.Generator().manual_seed(3))
+    assert torch.equal(layer(ids), decode(packed, "Q6_K", torch.float16)[ids])
+    assert torch.equal(layer.dequantize(), decode(packed, "Q6_K"))
