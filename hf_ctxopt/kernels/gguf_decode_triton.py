@@ -22,12 +22,12 @@ _FORMATS = {
 }  # fmt: skip
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def _byte(packed, place, mask):  # type: ignore[no-untyped-def]
     return tl.load(packed + place, mask=mask, other=0).to(tl.int32)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def _half(packed, place, mask):  # type: ignore[no-untyped-def]
     """The fp16 at an even byte, in float32."""
     halves = packed.to(tl.pointer_type(tl.float16))

@@ -1,6 +1,9 @@
-"""A few rows times a weight in blocks of 32 (Q8_0, Q4_0, Q4_1, Q5_0, Q5_1), read in 16-bit words.
+"""A few rows times a weight in blocks of 32: Q8_0, Q4_0, Q4_1, Q5_0, Q5_1.
 
-A thread takes half a block: 16 codes of Q8_0, or the low and high nibbles of 8 bytes. Layouts: ggml `ggml-common.h`.
+Blocks are 18 to 34 bytes, so only 16-bit places are aligned. A thread takes two blocks ("chunk": 64 weights) of each
+of its outputs. Layouts: ggml `ggml-common.h`.
+
+Everything of a block but its fp16 factors is summed in integers, see `gguf_fixed_triton`.
 """
 
 from __future__ import annotations
@@ -8,7 +11,60 @@ from __future__ import annotations
 import triton
 from triton import language as tl
 
-from hf_ctxopt.kernels.gguf_parts_triton import half_of, load_pair
+from hf_ctxopt.kernels.gguf_fixed_triton import dot_eight, fixed, load_four_words, spread, spread_unit, sum_of
+from hf_ctxopt.kernels.gguf_parts_triton import half_of
+
+LIMIT = tl.constexpr(32767.0)  # 32 products of this and 128 stay below 2^31
+LOW = tl.constexpr(0x0F0F0F0F)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _fifths(bits, FIRST: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Bits `FIRST` … `FIRST` + 3 as bit 4 of four bytes."""
+    return ((((bits >> FIRST) & 15) * 0x00204081) & 0x01010101) << 4
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _codes(  # type: ignore[no-untyped-def]
+    packed, wide, head, start, BITS: tl.constexpr, AFFINE: tl.constexpr, ALIGNED: tl.constexpr, ASM: tl.constexpr
+):
+    """A block's 32 codes as bytes of eight words, in order, its factor and its minimum."""
+    factor = half_of(tl.load(packed + head + start).to(tl.int32))
+    minimum = half_of(tl.load(packed + head + start + 1).to(tl.int32)) if AFFINE else factor
+    HEAD: tl.constexpr = 2 if AFFINE else 1
+    if BITS == 8:
+        c0, c1, c2, c3 = load_four_words(wide, head + HEAD, start, ALIGNED, ASM)
+        c4, c5, c6, c7 = load_four_words(wide, head + (HEAD + 8), start, ALIGNED, ASM)
+    else:
+        w0, w1, w2, w3 = load_four_words(wide, head + (HEAD + (2 if BITS == 5 else 0)), start, ALIGNED, ASM)
+        c0, c1, c2, c3 = w0 & LOW, w1 & LOW, w2 & LOW, w3 & LOW
+        c4, c5, c6, c7 = (w0 >> 4) & LOW, (w1 >> 4) & LOW, (w2 >> 4) & LOW, (w3 >> 4) & LOW
+        if BITS == 5:  # bit i of 32 is the fifth of weight i
+            near = tl.load(packed + head + start + HEAD).to(tl.int32)
+            far = tl.load(packed + head + start + (HEAD + 1)).to(tl.int32)
+            c0, c1, c2 = c0 | _fifths(near, 0), c1 | _fifths(near, 4), c2 | _fifths(near, 8)
+            c3, c4, c5 = c3 | _fifths(near, 12), c4 | _fifths(far, 0), c5 | _fifths(far, 4)
+            c6, c7 = c6 | _fifths(far, 8), c7 | _fifths(far, 12)
+    return (c0, c1, c2, c3, c4, c5, c6, c7), factor, minimum
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _product(codes, factor, minimum, x0, x1, x2, x3, BITS: tl.constexpr, AFFINE: tl.constexpr, ASM: tl.constexpr):  # type: ignore[no-untyped-def]
+    """A block times 32 activations (four tuples of four words), (CHUNKS, TILE)."""
+    SIGNED: tl.constexpr = BITS == 8
+    total = tl.zeros(factor.shape, tl.int32)
+    if BITS != 8:
+        sum = sum_of(x0, x1, ASM) + sum_of(x2, x3, ASM)
+        if not AFFINE:  # codes have a surplus: the sum starts at what that adds, negated
+            total -= sum * (1 << (BITS - 1))
+    total = dot_eight(total, x0, codes[0], codes[1], SIGNED, ASM)
+    total = dot_eight(total, x1, codes[2], codes[3], SIGNED, ASM)
+    total = dot_eight(total, x2, codes[4], codes[5], SIGNED, ASM)
+    total = dot_eight(total, x3, codes[6], codes[7], SIGNED, ASM)
+    product = factor * total.to(tl.float32)
+    if AFFINE:
+        product += minimum * sum.to(tl.float32)
+    return product
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -26,66 +82,53 @@ def matmul_flat(  # type: ignore[no-untyped-def]
     TILE: tl.constexpr,
     CHUNKS: tl.constexpr,
     EARLY: tl.constexpr,
+    EVEN: tl.constexpr,  # whether outputs are a multiple of TILE
+    ASM: tl.constexpr,
 ):
     """out[m, o] = sum over columns of x[m] times weight[o].
 
     Args:
         x: (rows, COLUMNS) as int32 words, or float32.
-        packed: (outputs, bytes of a row / 2) int16.
+        packed: (outputs, bytes of a row / 2) int16, at a multiple of 8 bytes.
         out: (rows, outputs).
     """
     if EARLY:
         tl.extra.cuda.gdc_launch_dependents()
     BLOCKS: tl.constexpr = COLUMNS // 32
-    HEAD: tl.constexpr = 2 if AFFINE else 1
-    CODES: tl.constexpr = HEAD + (2 if BITS == 5 else 0)  # first word of the codes
-    WORDS: tl.constexpr = CODES + (16 if BITS == 8 else 8)
-    INNER: tl.constexpr = 8 if BITS == 8 else 4
-    ALL: tl.constexpr = BLOCKS * 2
-    STEPS: tl.constexpr = (ALL + CHUNKS - 1) // CHUNKS
-    some = tl.program_id(1) * TAKEN + tl.arange(0, TAKEN)
-    output = tl.program_id(0) * TILE + tl.arange(0, TILE)
-    start = output.to(tl.int64) * (BLOCKS * WORDS)
-    fits = output < outputs
-    live = some < rows
-    inner = tl.arange(0, INNER)
-    total = tl.zeros((TAKEN, TILE, CHUNKS), tl.float32)
-    for step in tl.static_range(STEPS):
+    WORDS: tl.constexpr = (2 if AFFINE else 1) + (2 if BITS == 5 else 0) + (16 if BITS == 8 else 8)
+    ROW: tl.constexpr = BLOCKS * WORDS
+    ALIGNED: tl.constexpr = ROW % 4 == 0
+    STEPS: tl.constexpr = (BLOCKS + 2 * CHUNKS - 1) // (2 * CHUNKS)
+    some = tl.program_id(1) * TAKEN
+    tile = tl.program_id(0) * TILE
+    output = tl.arange(0, TILE)
+    # The program's first weight, at a multiple of 8 bytes, and the 16-bit words left over.
+    before = tile.to(tl.int64) * ROW
+    left_over = (before & 3).to(tl.int32)
+    packed += before - left_over
+    wide = packed.to(tl.pointer_type(tl.int64))
+    start = ((output if EVEN else tl.minimum(output, outputs - 1 - tile)) * ROW)[None, :]
+    result = tl.zeros((TAKEN, TILE), tl.float32)
+    for step in tl.range(STEPS):
         chunk = step * CHUNKS + tl.arange(0, CHUNKS)
-        valid = chunk < ALL
-        block, side = chunk // 2, chunk % 2
-        here = fits[:, None] & valid[None, :]
-        head = start[:, None] + (block * WORDS)[None, :]
-        codes = start[:, None, None] + (block * WORDS + CODES + side * INNER)[None, :, None] + inner[None, None, :]
-        word = tl.load(packed + codes, mask=here[:, :, None], other=0).to(tl.int32)
-        factor = half_of(tl.load(packed + head, mask=here, other=0).to(tl.int32))
-        if EARLY and step == 0:
+        head = (left_over + tl.minimum(2 * chunk, BLOCKS - 1) * WORDS)[:, None]
+        near, near_factor, near_minimum = _codes(packed, wide, head, start, BITS, AFFINE, ALIGNED, ASM)
+        head = (left_over + tl.minimum(2 * chunk + 1, BLOCKS - 1) * WORDS)[:, None]
+        far, far_factor, far_minimum = _codes(packed, wide, head, start, BITS, AFFINE, ALIGNED, ASM)
+        if EARLY:
             tl.extra.cuda.gdc_wait()
-        at = some[:, None, None] * (COLUMNS // 2) + (block * 16 + side * INNER)[None, :, None] + inner[None, None, :]
-        given = live[:, None, None] & valid[None, :, None]
-        first, second = load_pair(x, at, given, KIND)
-        if BITS == 8:
-            sums = first[:, None] * ((word << 24) >> 24).to(tl.float32)[None]
-            sums += second[:, None] * ((word << 16) >> 24).to(tl.float32)[None]
-            total += factor[None] * tl.sum(sums, 3)
-        else:
-            third, fourth = load_pair(x, at + 8, given, KIND)
-            a, b = word & 15, (word >> 8) & 15
-            c, d = (word >> 4) & 15, (word >> 12) & 15
-            if BITS == 5:  # bit i of 32 is the fifth of weight i
-                near = tl.load(packed + head + HEAD, mask=here, other=0).to(tl.int32) >> (side * 8)[None, :]
-                far = tl.load(packed + head + HEAD + 1, mask=here, other=0).to(tl.int32) >> (side * 8)[None, :]
-                near = near[:, :, None] >> (2 * inner)[None, None, :]
-                far = far[:, :, None] >> (2 * inner)[None, None, :]
-                a, b = a | (near & 1) << 4, b | (near & 2) << 3
-                c, d = c | (far & 1) << 4, d | (far & 2) << 3
-            sums = first[:, None] * a.to(tl.float32)[None] + second[:, None] * b.to(tl.float32)[None]
-            sums += third[:, None] * c.to(tl.float32)[None] + fourth[:, None] * d.to(tl.float32)[None]
-            given_sum = tl.sum(first + second + third + fourth, 2)[:, None]
-            if AFFINE:
-                minimum = half_of(tl.load(packed + head + 1, mask=here, other=0).to(tl.int32))
-                total += factor[None] * tl.sum(sums, 3) + minimum[None] * given_sum
-            else:
-                total += factor[None] * (tl.sum(sums, 3) - (1 << (BITS - 1)) * given_sum)
-    place_out = some[:, None].to(tl.int64) * outputs + output[None, :]
-    tl.store(out + place_out, tl.sum(total, 2).to(out.dtype.element_ty), mask=live[:, None] & fits[None, :])
+        index = chunk[:, None] * 32 + tl.arange(0, 32)[None, :]
+        for m in tl.range(TAKEN):
+            given = index < COLUMNS // 2
+            if TAKEN > 1:
+                given &= index * 0 + some + m < rows
+            words, unit = fixed(x, (some + m) * (COLUMNS // 2) + index, given, KIND, LIMIT, ASM)
+            x0, x1, x2, x3, x4, x5, x6, x7 = spread(words, CHUNKS)
+            done = _product(near, near_factor, near_minimum, x0, x1, x2, x3, BITS, AFFINE, ASM)
+            done += _product(far, far_factor, far_minimum, x4, x5, x6, x7, BITS, AFFINE, ASM)
+            done = tl.sum(done * spread_unit(unit, CHUNKS), 0)
+            result += tl.where(tl.arange(0, TAKEN)[:, None] == m, done[None, :], 0.0)
+    row = some + tl.arange(0, TAKEN)
+    place_out = row[:, None].to(tl.int64) * outputs + (tile + output)[None, :]
+    fits = tile + output < outputs
+    tl.store(out + place_out, result.to(out.dtype.element_ty), mask=(row < rows)[:, None] & fits[None, :])

@@ -1,4 +1,4 @@
-"""What the kernels over GGUF blocks share: loads of activations, bytes of words, the reduction's store."""
+"""What the kernels over GGUF blocks share: loads of activations, words of a thread, fp16 factors."""
 
 from __future__ import annotations
 
@@ -38,20 +38,6 @@ def split_four(words, A: tl.constexpr, B: tl.constexpr):  # type: ignore[no-unty
     first, third = tl.split(even)
     second, fourth = tl.split(odd)
     return first, second, third, fourth
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def floats_of(x, word, index, mask, KIND: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Activations 4 `index` … 4 `index` + 3 as float32: from the int64 `word`, or from `x` if those are float32."""
-    if KIND == FLOAT32:
-        a = tl.load(x + 4 * index, mask=mask, other=0.0)
-        b = tl.load(x + 4 * index + 1, mask=mask, other=0.0)
-        c = tl.load(x + 4 * index + 2, mask=mask, other=0.0)
-        d = tl.load(x + 4 * index + 3, mask=mask, other=0.0)
-    else:
-        a, b = split_pair(word.to(tl.int32), KIND)
-        c, d = split_pair((word >> 32).to(tl.int32), KIND)
-    return a, b, c, d
 
 
 @triton.jit

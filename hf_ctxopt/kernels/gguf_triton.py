@@ -26,7 +26,7 @@ class Launch:
 
     Args:
         tile: outputs of a program.
-        chunks: 32-weight (flat types: 16-weight) pieces of a row that a program holds at a time.
+        chunks: 64-weight pieces of a row that a program holds at a time, 16, 32 or 64.
         warps: warps of a program.
     """
 
@@ -35,24 +35,32 @@ class Launch:
     warps: int
 
 
-# Type -> (bits, minimum, columns of a block, weights of a chunk)
+# Type -> (bits, minimum)
 _FORMATS = {
-    "Q4_K": (4, True, 256, 64), "Q5_K": (5, True, 256, 64), "Q6_K": (6, False, 256, 64),
-    "Q8_0": (8, False, 32, 16), "Q4_0": (4, False, 32, 16), "Q4_1": (4, True, 32, 16),
-    "Q5_0": (5, False, 32, 16), "Q5_1": (5, True, 32, 16),
+    "Q4_K": (4, True), "Q5_K": (5, True), "Q6_K": (6, False), "Q8_0": (8, False),
+    "Q4_0": (4, False), "Q4_1": (4, True), "Q5_0": (5, False), "Q5_1": (5, True),
 }  # fmt: skip
-# Outputs of a program for one row: enough to share the activations, few enough that 4,096 outputs fill a GPU.
-_TILES = {"Q4_K": 4, "Q5_K": 4, "Q6_K": 4, "Q8_0": 4, "Q4_0": 4, "Q4_1": 4, "Q5_0": 4, "Q5_1": 4}
+PROGRAMS = 256  # two for each of a large GPU's multiprocessors
 
 
-def choose(type: str, rows: int, columns: int) -> Launch:
-    """The launch for so many rows; a program spans a row of 4,096 columns and takes few outputs, so that a weight of
-    4,096 rows keeps every multiprocessor busy."""
-    chunks = columns // _FORMATS[type][3]
-    width = 64 if type.endswith("_K") else 128
-    while width > 32 and width // 2 >= chunks:
-        width //= 2
-    return Launch(_TILES[type] if rows == 1 else 4, width, 2 if type in ("Q4_K", "Q5_K") else 4)
+def choose(type: str, rows: int, columns: int, outputs: int) -> Launch:
+    """The launch for `rows` rows times a weight (outputs, columns).
+
+    A program of one row has many outputs, which share the rounding of the activations, but not so many that a small
+    weight leaves multiprocessors idle.
+    """
+    chunks = 16
+    while chunks < 64 and 64 * chunks < columns:
+        chunks *= 2
+    tile = 16 if type == "Q4_K" and rows == 1 else 8
+    while tile > 2 and -(-outputs // tile) * -(-rows // _taken(rows)) < PROGRAMS:
+        tile //= 2
+    return Launch(tile, chunks, chunks // 16)
+
+
+def _taken(rows: int) -> int:
+    """Rows of a program: they share the decoded weight, those left over cost as much as real ones."""
+    return 1 if rows == 1 else 2 if rows == 2 else 4
 
 
 def matmul(x: Tensor, packed: Tensor, type: str, launch: Launch | None = None) -> Tensor:
@@ -70,26 +78,29 @@ def matmul(x: Tensor, packed: Tensor, type: str, launch: Launch | None = None) -
     rows, columns = x.shape
     outputs = packed.shape[0]
     out = x.new_empty(rows, outputs)
-    taken = 1 if rows == 1 else 2 if rows == 2 else 4
-    launch = launch or choose(type, rows, columns)
+    taken = _taken(rows)
+    launch = launch or choose(type, rows, columns, outputs)
     kind = _KINDS[x.dtype]
-    bits, affine, block, _ = _FORMATS[type]
+    bits, affine = _FORMATS[type]
     x = x.contiguous()
     wide = type in ("Q4_K", "Q5_K")
+    if x.data_ptr() % 16:  # a view into the middle of something
+        x = x.clone()
+    if packed.data_ptr() % 16:
+        packed = packed.clone()
     if kind != 2:
-        if x.data_ptr() % 16:  # a view into the middle of something
-            x = x.clone()
         x = x.view(torch.int32)
     early = starts_early(x.device)
+    even = outputs % launch.tile == 0
     grid = (-(-outputs // launch.tile), -(-rows // taken))  # a vocabulary's tiles outnumber the second dimension
     common = {"COLUMNS": columns, "KIND": kind, "TAKEN": taken, "TILE": launch.tile, "CHUNKS": launch.chunks,
-              "EARLY": early, "num_warps": launch.warps}  # fmt: skip
+              "EARLY": early, "EVEN": even, "ASM": ASM, "num_warps": launch.warps}  # fmt: skip
     if early:
         common["launch_pdl"] = True
     if wide:
-        matmul_k[grid](x, packed.view(torch.int32), out, rows, outputs, BITS=bits, ASM=ASM, **common)
+        matmul_k[grid](x, packed.view(torch.int32), out, rows, outputs, BITS=bits, **common)
     elif type == "Q6_K":
-        matmul_q6[grid](x, packed.view(torch.int16), out, rows, outputs, ASM=ASM, **common)
+        matmul_q6[grid](x, packed.view(torch.int16), out, rows, outputs, **common)
     else:
         matmul_flat[grid](x, packed.view(torch.int16), out, rows, outputs, BITS=bits, AFFINE=affine, **common)
     return out

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -43,12 +45,17 @@ class _Packed(nn.Module):
         return self.weight
 
 
+def _exact_decoder(device: torch.device) -> Callable[[Tensor, str, torch.dtype], Tensor] | None:
+    """A kernel whose values are `decode`'s bit for bit, as those of the CPU's are not; `None` where there is none."""
+    return gguf_decoder(device) if device.type == "cuda" and not torch.compiler.is_compiling() else None
+
+
 def _decoded(packed: Tensor, type: str, dtype: torch.dtype) -> Tensor:
-    """`decode`, by one kernel on a GPU: its values are the same bit for bit, those of the CPU's kernel are not."""
-    fast = gguf_decoder(packed.device) if packed.is_cuda and not torch.compiler.is_compiling() else None
+    """`decode`, by one kernel on a GPU."""
+    fast = _exact_decoder(packed.device)
     if fast is None or not packed.numel():
         return decode(packed, type, dtype)
-    return fast(packed.view(-1, packed.shape[-1]), type, dtype).view(*packed.shape[:-1], -1)
+    return fast(packed.reshape(-1, packed.shape[-1]), type, dtype).view(*packed.shape[:-1], -1)
 
 
 class GgufLinear(_Packed, nn.Linear):

@@ -8,6 +8,7 @@ import torch
 pytest.importorskip("triton")
 from hf_ctxopt.kernels import gguf_decode_triton
 from hf_ctxopt.kernels.gguf_triton import Launch, matmul
+from hf_ctxopt.weights import linear
 from hf_ctxopt.weights.blocks import BLOCKS
 from hf_ctxopt.weights.codecs import decode, encode
 
@@ -54,10 +55,22 @@ def test_zeros_large_and_missing_numbers(type: str) -> None:
     """A fixed-point chunk of zeros gives zero, one outlier does not drown in rounding, NaN and infinity stay seen."""
     _, packed, _ = problem(type, 1, 3, 512, torch.float32)
     weight = decode(packed, type)
-    x = torch.zeros(4, 512)
+    x = torch.zeros(5, 512)
     x[1, 3], x[1, 4] = 1e4, 1.0
-    x[2, 300], x[3, 7] = float("nan"), float("inf")
+    x[2, 300], x[3, 7], x[4, 9] = float("nan"), float("inf"), 1e37
     got = torch.cat([matmul(row, packed, type) for row in x.split(1)])
     assert torch.equal(got[0], torch.zeros(3))
     torch.testing.assert_close(got[1], weight @ x[1], rtol=1e-4, atol=0.5)
-    assert not got[2:].isfinite().any()
+    assert not got[2:4].isfinite().any()
+    torch.testing.assert_close(got[4], weight @ x[4], rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("shape", [(), (3,), (2, 2)])
+def test_embedding_by_the_kernel(shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear, "_exact_decoder", lambda device: gguf_decode_triton.decode)
+    _, packed, _ = problem("Q6_K", 1, 5, 512, torch.float32)
+    layer = linear.GgufEmbedding(5, 512, "Q6_K", torch.float16)
+    layer.weight = torch.nn.Parameter(packed, requires_grad=False)
+    ids = torch.randint(0, 5, shape, generator=torch.Generator().manual_seed(3))
+    assert torch.equal(layer(ids), decode(packed, "Q6_K", torch.float16)[ids])
+    assert torch.equal(layer.dequantize(), decode(packed, "Q6_K"))
