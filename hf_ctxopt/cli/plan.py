@@ -32,6 +32,10 @@ KvBudget = Annotated[str | None, typer.Option(help="Bytes of pages that must fit
 Reserve = Annotated[str | None, typer.Option(help="Memory to leave alone; 1 GiB up to 8 GiB, else 12 %.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
 Plot = Annotated[Path | None, typer.Option(help="Draw memory by part against context into this PNG.")]
+PromptFile = Annotated[
+    Path | None, typer.Option(help="A prompt like those to come: window and bits are chosen by what it needs. Loads the weights.")
+]
+Instruct = Annotated[bool, typer.Option("--instruct/--raw", help="Wrap that prompt in the model's chat template.")]
 AllGpus = Annotated[bool, typer.Option("--all-gpus", help="One line for each profile instead of one card.")]
 
 
@@ -48,11 +52,16 @@ def plan(
     kv_bits: KvBits = None,
     kv_budget: KvBudget = None,
     reserve: Reserve = None,
+    prompt_file: PromptFile = None,
+    instruct: Instruct = False,
     as_json: AsJson = False,
     plot: Plot = None,
     all_gpus: AllGpus = False,
 ) -> None:
-    """Choose settings with which a model fits a card, and say what each byte is for. Loads no weights."""
+    """Choose settings with which a model fits a card, and say what each byte is for.
+
+    Loads no weights, unless a prompt is to be measured.
+    """
     from hf_ctxopt.planner.search import plan as make_plan
 
     facts = _facts(model)
@@ -61,6 +70,8 @@ def plan(
         "weights": None if weights is None else [name.strip() for name in weights.split(",")],
         "kv_bits": None if kv_bits is None else parse_bits(kv_bits),
     }  # fmt: skip
+    if instruct and prompt_file is None:
+        raise ConfigError("instruct", instruct, "unset without --prompt-file")
     if all_gpus:
         for name, value in (("gpu", gpu), ("vram", vram), ("device", device), ("plot", plot)):
             if value is not None:

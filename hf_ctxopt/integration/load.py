@@ -19,7 +19,7 @@ from ..weights.roles import NAMES, Role
 from .patch import patch_model
 from .register import register
 
-_ERRORS = (OSError, ValueError, KeyError, ImportError, RuntimeError)  # what transformers raises for bad models
+LOAD_ERRORS = (OSError, ValueError, KeyError, ImportError, RuntimeError)  # what transformers raises for bad models
 _PARTS = {"embedding": Role.EMBEDDING, "head": Role.HEAD}
 
 
@@ -43,13 +43,13 @@ def load(plan: Plan | Mapping[str, Any], device: Any = None, **options: Any) -> 
         raise ConfigError("plan.weights", LOADED, "a scheme to load with: this plan is of a model that is loaded")
     register()
     place = _place(found, device)
-    source, extra = _source(found.model)
+    source, extra = source_of(found.model)
     from transformers import AutoTokenizer
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **extra)
         model = _model(found, source, {**extra, **options}, place)
-    except _ERRORS as error:
+    except LOAD_ERRORS as error:
         if isinstance(error, CtxoptError):
             raise
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
@@ -59,7 +59,7 @@ def load(plan: Plan | Mapping[str, Any], device: Any = None, **options: Any) -> 
     return patch_model(model.eval(), plan=found), tokenizer
 
 
-def _source(name: str) -> tuple[str, dict[str, Any]]:
+def source_of(name: str) -> tuple[str, dict[str, Any]]:
     path = Path(name).expanduser()
     if path.suffix == ".gguf" and path.is_file():
         return str(path.parent), {"gguf_file": path.name}

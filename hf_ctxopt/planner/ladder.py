@@ -51,9 +51,13 @@ class Rung:
         """Whether its pages lose more than most texts forgive: only for a context that was asked for."""
         return min(self.keys, self.values) < 4
 
+    @property
+    def pages(self) -> str:
+        """Its pages in words."""
+        return f"{self.keys if self.keys == self.values else f'{self.keys}/{self.values}'}-bit pages"
+
     def __str__(self) -> str:
-        pages = str(self.keys) if self.keys == self.values else f"{self.keys}/{self.values}"
-        return f"{self.weights} weights, {pages}-bit pages"
+        return f"{self.weights} weights, {self.pages}"
 
 
 def ladder(weights: str | Sequence[str] | None, kv_bits: tuple[int, int] | None) -> list[Rung]:
