@@ -2,8 +2,9 @@
 
 The model runs as it is, with transformers' own cache; only its attention function is one that looks on. So the figures
 are of what attention does with the whole text, not of what a smaller cache would have made of it. The prompt is read
-in chunks, of its queries `SAMPLES` spread over the text are looked at and the last ones, and all sums are taken over
-blocks of these (`attention_mass.py`), so that memory stays that of reading the prompt.
+in chunks, and then the beginning of its answer is written. Looked at are `SAMPLES` queries spread over the text, and
+all of the answer's side: the last `LAST` queries of the prompt and the first `ANSWER` of the answer. Beside what
+reading needs, that takes `layers * heads * tokens` float32 numbers and the scores of a block (`attention_mass.py`).
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ from transformers.modeling_utils import AttentionInterface, PreTrainedModel
 from ..caches.options import PageOptions
 from ..errors import ConfigError, UnsupportedModelError
 from ..planner.facts import facts_of
-from ..planner.needs import BITS, GroupNeeds, Needs
+from ..planner.needs import BITS, SEEK, TIMES, GroupNeeds, Needs
 from .attention import stock_attention
 from .attention_mass import Scored, outside
 from .build import unwrap
@@ -33,20 +33,28 @@ from .mask import LazyMask, lazy_mask
 from .patch import configs_of
 
 SINKS, LEAST_WINDOW = 4, 256
-LAST = 32
-"""Queries at the end of the prompt that count as the answer's side."""
+LAST, ANSWER = 16, 16
 SAMPLES = 256
 CHUNK = 512  # tokens read at once
 
 
-@dataclass
 class _Layer:
-    """Sums of one layer: over sampled queries by window, `(windows,)`; of the last ones by head, `(windows, heads)`."""
+    """Sums of one layer.
 
-    text: Tensor
-    counted: Tensor
-    answer: Tensor | None = None
-    errors: dict[tuple[str, int], float] = field(default_factory=dict)
+    Args:
+        heads: of queries.
+        tokens: of the prompt.
+        windows: how many are measured.
+        device: of the sums.
+    """
+
+    def __init__(self, heads: int, tokens: int, windows: int, device: torch.device) -> None:
+        with torch.inference_mode(False):
+            self.far = torch.zeros(heads, tokens, device=device)  # attention that a token gets from far queries
+            self.seen = torch.zeros(tokens, device=device)  # how many they are
+            self.text, self.counted = torch.zeros(windows), torch.zeros(windows)
+            self.answer, self.sought = torch.zeros(windows), torch.zeros(windows)
+        self.errors: dict[tuple[str, int], float] = {}
 
 
 class _Watch:
@@ -54,7 +62,7 @@ class _Watch:
 
     Args:
         tokens: of the prompt.
-        last: queries of the answer's side.
+        last: of these, those at the end that count as the answer's side.
         windows: candidates.
         page_size: tokens of a page.
     """
@@ -62,7 +70,7 @@ class _Watch:
     def __init__(self, tokens: int, last: int, windows: Sequence[int], page_size: int) -> None:
         self.tokens, self.last, self.windows, self.page_size = tokens, last, tuple(windows), page_size
         self.step = max(1, tokens // SAMPLES)
-        self.read = 0  # tokens of earlier chunks
+        self.read = 0  # tokens of earlier calls
         self.layers: dict[int, _Layer] = {}
 
     def __call__(
@@ -71,78 +79,94 @@ class _Watch:
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         """Attention as transformers calls it, and its figures taken beside it."""
         index = getattr(module, "layer_idx", None)
-        if isinstance(index, int) and kwargs.get("position_bias") is None:
+        if isinstance(index, int):
             mask = None if attention_mask is None else attention_mask[0][..., : key.shape[2]]
             scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-            softcap, drains = kwargs.get("softcap"), kwargs.get("s_aux")
-            self._look(index, Scored(query[0], key[0], value[0], scale, mask, softcap, drains))
+            self._look(
+                index, Scored(query[0], key[0], value[0], scale, mask, kwargs.get("softcap"), kwargs.get("s_aux"))
+            )
         return stock_attention(module, query, key, value, attention_mask, scaling, dropout, kwargs)
 
     def _look(self, index: int, call: Scored) -> None:
-        queries, keys = call.query.shape[1], call.key.shape[1]
+        heads, queries, _ = call.query.shape
+        offset = self.read + queries - call.key.shape[1]
+        if index not in self.layers:
+            self.layers[index] = _Layer(heads, self.tokens, len(self.windows), call.query.device)
+        layer = self.layers[index]
         places = torch.arange(self.read, self.read + queries, device=call.query.device)
-        late = places >= self.tokens - self.last
-        layer = self.layers.setdefault(index, _Layer(torch.zeros(len(self.windows)), torch.zeros(len(self.windows))))
-        offset = self.read + queries - keys
-        if self.windows:
-            self._weigh(layer, call, places, late, offset)
-        if self.read + queries == self.tokens:
-            self._quantize(layer, call.of(late.nonzero()[:, 0]))
+        if self.read >= self.tokens - self.last:
+            self._answer(layer, call, places, offset)
+            if self.read + queries == self.tokens:
+                self._quantize(layer, call)
+        elif (chosen := (places % self.step == 0).nonzero()[:, 0]).numel():
+            self._text(layer, call.of(chosen), places[chosen], offset)
 
-    def _weigh(self, layer: _Layer, call: Scored, places: Tensor, late: Tensor, offset: int) -> None:
-        chosen = (late | (places % self.step == 0)).nonzero()[:, 0]
-        if not chosen.numel():
+    def _text(self, layer: _Layer, call: Scored, places: Tensor, offset: int) -> None:
+        if not self.windows:
             return
-        for part, probabilities in call.of(chosen).blocks():
-            rows = chosen[part]
-            mass = outside(probabilities, places[rows], offset, SINKS, self.windows)
+        columns = torch.arange(offset, offset + call.key.shape[1], device=places.device)
+        for part, probabilities in call.blocks():
+            mass = outside(probabilities, places[part], offset, SINKS, self.windows)
             layer.text += mass.nansum((1, 2)).cpu()
             layer.counted += (~mass.isnan()).sum((1, 2)).cpu()
-            tail = mass[..., late[rows]].nansum(2).cpu() / self.last
-            layer.answer = tail if layer.answer is None else layer.answer + tail
+            far = columns[None] <= places[part, None] - LEAST_WINDOW
+            layer.far[:, columns] += (probabilities * far).sum(1)
+            layer.seen[columns] += far.sum(0)
+
+    def _answer(self, layer: _Layer, call: Scored, places: Tensor, offset: int) -> None:
+        if not self.windows:
+            return
+        keys = call.key.shape[1]
+        usual = torch.zeros(layer.far.shape[0], keys, device=places.device)
+        held = slice(offset, min(offset + keys, self.tokens))
+        usual[:, : held.stop - held.start] = layer.far[:, held] / layer.seen[held].clamp_min(1)
+        for part, probabilities in call.blocks():
+            seeking = (probabilities >= SEEK) & (probabilities >= TIMES * usual[:, None])
+            for total, shares in ((layer.answer, probabilities), (layer.sought, probabilities * seeking)):
+                total += outside(shares, places[part], offset, SINKS, self.windows).mean(1).sum(1).cpu()
 
     def _quantize(self, layer: _Layer, call: Scored) -> None:
         for part, states in (("k", call.key), ("v", call.value)):
             for bits in BITS:
                 codecs = PageOptions(page_size=self.page_size, kv_bits={"k": 16, "v": 16, part: bits}).codecs(None)
-                if codecs is None or states.shape[-1] % (8 // bits):
-                    layer.errors[part, bits] = float("inf")  # heads that do not fill whole bytes
-                    continue
-                layer.errors[part, bits] = call.error(codecs, self.page_size)
+                fits = codecs is not None and states.shape[-1] % (8 // bits) == 0
+                # Heads that do not fill whole bytes cannot be packed at all.
+                layer.errors[part, bits] = call.error(codecs, self.page_size) if codecs and fits else float("inf")
 
     def needs(self, cache: Cache) -> Needs:
         """What was found, by the layers that keep the same tokens."""
         groups: dict[int | None, list[_Layer]] = {}
         for index, layer in sorted(self.layers.items()):
             groups.setdefault(_own_window(cache, index), []).append(layer)
-        found = tuple(self._group(window, layers) for window, layers in groups.items())
-        return Needs(tokens=self.tokens, last=self.last, sinks=SINKS, windows=self.windows, groups=found)
-
-    def _group(self, window: int | None, layers: list[_Layer]) -> GroupNeeds:
-        text = sum(layer.text for layer in layers) / sum(layer.counted for layer in layers)
-        heads = torch.cat([layer.answer for layer in layers if layer.answer is not None], 1) if self.windows else None
-        errors = {
-            part: tuple((sum(layer.errors[part, bits] for layer in layers) / len(layers)) ** 0.5 for bits in BITS)
-            for part in "kv"
-        }
-        return GroupNeeds(
-            layers=len(layers), window=window, text=tuple(torch.as_tensor(text).tolist()),
-            answer=() if heads is None else tuple(heads.mean(1).tolist()),
-            head=() if heads is None else tuple(heads.amax(1).tolist()),
-            key_errors=errors["k"], value_errors=errors["v"],
-        )  # fmt: skip
+        queries = self.read - (self.tokens - self.last)
+        found = tuple(_group(window, layers, queries) for window, layers in groups.items())
+        return Needs(tokens=self.tokens, queries=queries, sinks=SINKS, windows=self.windows, groups=found)
 
 
-def probe(
-    model: nn.Module, prompt: Any, *, tokenizer: Any = None, last: int = LAST, page_size: int = 32
-) -> Needs:
+def _group(window: int | None, layers: list[_Layer], queries: int) -> GroupNeeds:
+    def mean(parts: list[Tensor]) -> tuple[float, ...]:
+        return tuple(torch.stack(parts).mean(0).tolist())
+
+    errors = {
+        part: tuple((sum(layer.errors[part, bits] for layer in layers) / len(layers)) ** 0.5 for bits in BITS)
+        for part in "kv"
+    }
+    return GroupNeeds(
+        layers=len(layers), window=window, text=mean([layer.text / layer.counted for layer in layers]),
+        answer=mean([layer.answer / queries for layer in layers]),
+        sought=mean([layer.sought / queries for layer in layers]),
+        key_errors=errors["k"], value_errors=errors["v"],
+    )  # fmt: skip
+
+
+def probe(model: nn.Module, prompt: Any, *, tokenizer: Any = None, answer: int = ANSWER, page_size: int = 32) -> Needs:
     """Measure what a prompt needs.
 
     Args:
         model: a transformers model, loaded; its settings are as before afterwards.
         prompt: token ids, `(1, tokens)` or a list; or text, with a tokenizer.
         tokenizer: turns text into token ids.
-        last: queries at the end of the prompt that count as the answer's side.
+        answer: tokens of the answer to write; 0 for none.
         page_size: tokens of a page.
 
     Raises:
@@ -160,27 +184,25 @@ def probe(
             "prompts need cannot be measured"
         )
     ids = token_ids(prompt, tokenizer)
-    if facts.trained is not None and ids.shape[1] > facts.trained:
-        raise ConfigError("probe", f"{ids.shape[1]:,} tokens", f"at most {facts.trained:,}, the trained length")
-    if isinstance(last, bool) or not isinstance(last, int) or last < 1:
-        raise ConfigError("last", last, "an integer >= 1")
+    if isinstance(answer, bool) or not isinstance(answer, int) or answer < 0:
+        raise ConfigError("answer", answer, "an integer >= 0")
     PageOptions(page_size=page_size)  # says what is allowed
-    tokens = ids.shape[1]
-    watch = _Watch(tokens, min(last, tokens), candidates(tokens), page_size)
+    tokens, least = ids.shape[1], 2 * LAST
+    if tokens < least or (facts.trained is not None and tokens > facts.trained):
+        most = "" if facts.trained is None else f", and at most {facts.trained:,}, which the model was trained on"
+        raise ConfigError("probe", f"{tokens:,} tokens", f"a prompt of at least {least} tokens{most}")
+    watch = _Watch(tokens, LAST, candidates(tokens), page_size)
     with _watched(inner, watch):
-        cache = _read(inner, ids, watch)
+        cache = _read(inner, ids, watch, min(answer, (facts.trained or tokens + answer) - tokens))
     if not watch.layers:
         raise UnsupportedModelError(f"{type(inner).__name__}: none of its layers called the attention function")
     return watch.needs(cache)
 
 
 def candidates(tokens: int) -> tuple[int, ...]:
-    """Windows to measure with a prompt: powers of two from `LEAST_WINDOW` that leave a part of it outside."""
-    found, window = [], LEAST_WINDOW
-    while SINKS + window < tokens:
-        found.append(window)
-        window *= 2
-    return tuple(found)
+    """Windows to measure with a prompt: those that leave a part of it outside, each 1.33 or 1.5 times the one before."""
+    powers = (LEAST_WINDOW << step for step in range(32))
+    return tuple(w for power in powers for w in (power, power * 3 // 2) if SINKS + w < tokens - LAST)
 
 
 def token_ids(prompt: Any, tokenizer: Any = None) -> Tensor:
@@ -223,22 +245,23 @@ def _watched(model: PreTrainedModel, watch: _Watch) -> Iterator[None]:
         AttentionMaskInterface._global_mapping.pop(name, None)
 
 
-def _read(model: PreTrainedModel, ids: Tensor, watch: _Watch) -> Cache:
-    """Read the prompt in chunks into a cache of transformers' own."""
+def _read(model: PreTrainedModel, ids: Tensor, watch: _Watch, answer: int) -> Cache:
+    """Read the prompt in chunks, its end in one of its own, and write the first tokens of the answer, the likeliest."""
     forward = type(model).forward
-    named = inspect.signature(forward).parameters
     cache = DynamicCache(config=model.config)
     extra: dict[str, Any] = {"use_cache": True, str(cache_argument(forward)): cache}
-    if "logits_to_keep" in named:
+    if "logits_to_keep" in inspect.signature(forward).parameters:
         extra["logits_to_keep"] = 1
     ids = ids.to(compute_device(model))
-    training = model.training
+    training, end = model.training, ids.shape[1] - watch.last
+    chunks = [ids[:, start : min(start + CHUNK, end)] for start in range(0, end, CHUNK)] + [ids[:, end:]]
     model.eval()
     try:
         with torch.inference_mode():
-            for start in range(0, ids.shape[1], CHUNK):
-                model(ids[:, start : start + CHUNK], **extra)
-                watch.read = min(start + CHUNK, ids.shape[1])
+            for step in range(len(chunks) + answer):
+                chunk = chunks[step] if step < len(chunks) else out.logits[:, -1:].argmax(-1)
+                out = model(chunk, **extra)
+                watch.read += chunk.shape[1]
     finally:
         model.train(training)
     return cache
