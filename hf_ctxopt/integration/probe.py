@@ -152,7 +152,7 @@ def _group(window: int | None, layers: list[_Layer], queries: int) -> GroupNeeds
         for part in "kv"
     }
     return GroupNeeds(
-        layers=len(layers), window=window, text=mean([layer.text / layer.counted for layer in layers]),
+        layers=len(layers), window=window, text=mean([layer.text / layer.counted.clamp_min(1) for layer in layers]),
         answer=mean([layer.answer / queries for layer in layers]),
         sought=mean([layer.sought / queries for layer in layers]),
         key_errors=errors["k"], value_errors=errors["v"],
@@ -200,7 +200,7 @@ def probe(model: nn.Module, prompt: Any, *, tokenizer: Any = None, answer: int =
 
 
 def candidates(tokens: int) -> tuple[int, ...]:
-    """Windows to measure with a prompt: those that leave a part of it outside, each 1.33 or 1.5 times the one before."""
+    """Windows to measure with a prompt: powers of two from `LEAST_WINDOW`, and 1.5 times these."""
     powers = (LEAST_WINDOW << step for step in range(32))
     return tuple(w for power in powers for w in (power, power * 3 // 2) if SINKS + w < tokens - LAST)
 
@@ -246,7 +246,7 @@ def _watched(model: PreTrainedModel, watch: _Watch) -> Iterator[None]:
 
 
 def _read(model: PreTrainedModel, ids: Tensor, watch: _Watch, answer: int) -> Cache:
-    """Read the prompt in chunks, its end in one of its own, and write the first tokens of the answer, the likeliest."""
+    """Read the prompt in chunks, its end in one of its own, and write the likeliest first tokens of the answer."""
     forward = type(model).forward
     cache = DynamicCache(config=model.config)
     extra: dict[str, Any] = {"use_cache": True, str(cache_argument(forward)): cache}
@@ -258,10 +258,11 @@ def _read(model: PreTrainedModel, ids: Tensor, watch: _Watch, answer: int) -> Ca
     model.eval()
     try:
         with torch.inference_mode():
-            for step in range(len(chunks) + answer):
-                chunk = chunks[step] if step < len(chunks) else out.logits[:, -1:].argmax(-1)
-                out = model(chunk, **extra)
+            for _ in range(len(chunks) + answer):
+                chunk = chunks.pop(0)
+                logits = model(chunk, **extra).logits
                 watch.read += chunk.shape[1]
+                chunks = chunks or [logits[:, -1:].argmax(-1)]
     finally:
         model.train(training)
     return cache

@@ -14,6 +14,7 @@ not, and 4 bits from 2 (`benchmarks/needs.py`).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
@@ -75,7 +76,7 @@ class Needs:
         return tuple(group for group in self.groups if group.window is None) or self.groups
 
     def outside(self, window: int) -> tuple[float, float]:
-        """Share of the answer's attention outside a window, and what of it seeks single tokens: over the layers it cuts.
+        """Share of the answer's attention outside a window, and what of it seeks single tokens, in the layers it cuts.
 
         Args:
             window: one of `windows`.
@@ -103,9 +104,8 @@ class Needs:
 
     def error(self, keys: int, values: int) -> float:
         """Change of what attention returns with so many bits of K and V, of the group in which it is the largest."""
-        return max(
-            (_at(group.key_errors, keys) ** 2 + _at(group.value_errors, values) ** 2) ** 0.5 for group in self.groups
-        )
+        pairs = ((_at(group.key_errors, keys), _at(group.value_errors, values)) for group in self.groups)
+        return max(math.hypot(key, value) for key, value in pairs)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values; `from_dict` makes the same needs of them."""
