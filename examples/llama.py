@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-import hf_ctxopt  # noqa: F401  (importing it registers the cache names)
+import hf_ctxopt
 
 
 def main() -> None:
@@ -22,10 +22,16 @@ def main() -> None:
     parser.add_argument("--window", type=int, default=1024)
     parser.add_argument("--sinks", type=int, default=4)
     parser.add_argument("--max-new-tokens", type=int, default=64)
+    parser.add_argument("--plan", choices=["auto"], help="let the planner choose the cache and its options")
     args = parser.parse_args()
     model, tokenizer = load(args)
     config = {"window": args.window, "sinks": args.sinks}
     state: dict[str, Any] = {"cache_implementation": "ctx_sink", "cache_config": config}
+    if args.plan:
+        plan = hf_ctxopt.plan(model)
+        print(plan)
+        hf_ctxopt.patch_model(model, plan=plan)
+        state = {}  # the plan's cache is the model's default now
     text, chat = torch.zeros((1, 0), dtype=torch.long), []
     for prompt in args.prompt or ["Who was Ada Lovelace?", "What came after?"]:
         chat.append({"role": "user", "content": prompt})

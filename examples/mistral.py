@@ -23,14 +23,20 @@ def main() -> None:
     parser.add_argument("--window", type=int, default=1024, help="of ctx_sink, for layers that do not slide")
     parser.add_argument("--sinks", type=int, default=4)
     parser.add_argument("--max-new-tokens", type=int, default=64)
+    parser.add_argument("--plan", choices=["auto"], help="let the planner choose the cache and its options")
     args = parser.parse_args()
     model, tokenizer = load(args)
     ids = torch.tensor([tokenizer(args.prompt).input_ids if tokenizer else list(args.prompt.encode())])
     print("sliding_window of the model:", model.config.sliding_window)
-    sizes = {"window": args.window, "sinks": args.sinks}
-    for name, settings in (("ctx_paged", {}), ("ctx_sink", sizes)):
+    sizes = {"window": args.window, "sinks": args.sinks, "page_size": 8}
+    caches: list[tuple[str, dict[str, Any]]] = [("ctx_paged", {"page_size": 8}), ("ctx_sink", sizes)]
+    if args.plan:
+        plan = hf_ctxopt.plan(model, context=ids.shape[1] + args.max_new_tokens)
+        print(plan)
+        caches = [(plan.cache, plan.cache_options)]
+    for name, settings in caches:
         # A cache made by hand, as for a loop of one's own; generate() takes it as past_key_values.
-        cache = hf_ctxopt.make_cache(model, name, page_size=8, **settings)
+        cache = hf_ctxopt.make_cache(model, name, **settings)
         options = {"max_new_tokens": args.max_new_tokens, "do_sample": False}
         output = model.generate(ids, past_key_values=cache, **options)
         answer = output[0, ids.shape[1] :].tolist()

@@ -23,10 +23,17 @@ def main() -> None:
     parser.add_argument("--window", type=int, default=64)
     parser.add_argument("--sinks", type=int, default=4)
     parser.add_argument("--max-new-tokens", type=int, default=32)
+    parser.add_argument("--plan", choices=["auto"], help="let the planner choose the cache and its options")
     args = parser.parse_args()
     model, tokenizer = load(args)
-    hf_ctxopt.patch_model(model, cache="ctx_sink", window=args.window, sinks=args.sinks)
     ids = torch.tensor([tokenizer(args.prompt).input_ids if tokenizer else list(args.prompt.encode())])
+    if args.plan:
+        # A text beyond the trained length is planned with sinks and a window, too.
+        plan = hf_ctxopt.plan(model, context=ids.shape[1] + args.max_new_tokens)
+        print(plan)
+        hf_ctxopt.patch_model(model, plan=plan)
+    else:
+        hf_ctxopt.patch_model(model, cache="ctx_sink", window=args.window, sinks=args.sinks)
     rope = model.config.rope_parameters
     print(f"rope {rope['rope_type']}, {rope.get('partial_rotary_factor', 1.0):.0%} of each head rotated")
     print(f"trained context {model.config.max_position_embeddings}, prompt {ids.shape[1]} tokens")

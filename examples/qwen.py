@@ -22,15 +22,21 @@ def main() -> None:
     parser.add_argument("--window", type=int, default=1024)
     parser.add_argument("--sinks", type=int, default=4)
     parser.add_argument("--max-new-tokens", type=int, default=32)
+    parser.add_argument("--plan", choices=["auto"], help="let the planner choose the cache and its options")
     args = parser.parse_args()
     model, tokenizer = load(args)
-    # One line, and every later generate() of this model uses the cache and the fused attention.
-    hf_ctxopt.patch_model(model, cache="ctx_sink", window=args.window, sinks=args.sinks)
     prompts = args.prompt or ["The sea", "Once upon a time there was a castle"]
     rows = [tokenizer(p).input_ids if tokenizer else list(p.encode()) for p in prompts]
     width = max(len(row) for row in rows)
     batch = torch.tensor([[0] * (width - len(row)) + row for row in rows])
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+    # One line, and every later generate() of this model uses the cache and the fused attention.
+    if args.plan:
+        plan = hf_ctxopt.plan(model, context=width + args.max_new_tokens, batch=len(rows))
+        print(plan)
+        hf_ctxopt.patch_model(model, plan=plan)
+    else:
+        hf_ctxopt.patch_model(model, cache="ctx_sink", window=args.window, sinks=args.sinks)
     options: dict[str, Any] = {"max_new_tokens": args.max_new_tokens, "do_sample": False}
     together = model.generate(batch, attention_mask=mask, **options)[:, width:].tolist()
     for row, answer in zip(rows, together, strict=True):

@@ -24,9 +24,15 @@ def main() -> None:
     parser.add_argument("--window", type=int, default=512)
     parser.add_argument("--sinks", type=int, default=4)
     parser.add_argument("--max-new-tokens", type=int, default=64)
+    parser.add_argument("--plan", choices=["auto"], help="let the planner choose the cache and its options")
     args = parser.parse_args()
     model, tokenizer = load(args)
-    hf_ctxopt.patch_model(model, cache="ctx_sink", window=args.window, sinks=args.sinks)
+    if args.plan:
+        plan = hf_ctxopt.plan(model)
+        print(plan)
+        hf_ctxopt.patch_model(model, plan=plan)
+    else:
+        hf_ctxopt.patch_model(model, cache="ctx_sink", window=args.window, sinks=args.sinks)
     options: dict[str, Any] = {"max_new_tokens": args.max_new_tokens, "do_sample": False}
     if tokenizer is None:
         ids = torch.tensor([list(args.prompt.encode())])

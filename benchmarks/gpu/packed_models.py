@@ -1,7 +1,11 @@
-"""Model shapes with random GGUF blocks, made on the GPU without encoding anything: the parts of `weights.py`."""
+"""Model shapes with random GGUF blocks, drawn where they are to run: the parts of `weights.py`.
+
+Nothing is encoded and no dense matrix is ever made, so a model is built on a card that only its packed weights fit.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,35 +23,52 @@ FACTORS = {
 }  # fmt: skip
 
 
-def random_blocks(rows: int, columns: int, type: str) -> torch.Tensor:
-    """uint8 (rows, bytes of a row) on the GPU: random codes, factors of a usual size."""
+def random_blocks(rows: int, columns: int, type: str, device: Any = "cuda") -> torch.Tensor:
+    """uint8 (rows, bytes of a row) on `device`: random codes, factors of a usual size."""
     row = BLOCKS[type]
-    packed = torch.randint(0, 256, (rows, columns // row.block, row.nbytes), dtype=torch.uint8, device="cuda")
+    packed = torch.randint(0, 256, (rows, columns // row.block, row.nbytes), dtype=torch.uint8, device=device)
     for place, value in FACTORS[type]:
-        packed[..., place : place + 2] = torch.tensor([value], dtype=torch.float16).view(torch.uint8).cuda()
+        packed[..., place : place + 2] = torch.tensor([value], dtype=torch.float16).view(torch.uint8).to(device)
     return packed.view(rows, -1)
 
 
-def pack_at_random(model: Any, mix: str, dtype: torch.dtype) -> Any:
-    """A model on the meta device, filled: blocks where `mix` packs, ones and small normals elsewhere."""
-    config = model.config
-    for name, type in types_of(model, Choice(mix)).items():
+def pack_at_random(model: Any, mix: str, dtype: torch.dtype, device: Any = "cuda", kept: Sequence[str] = ()) -> Any:
+    """A model on the meta device, filled: blocks where `mix` packs, ones and small normals elsewhere.
+
+    Beside the packed model nothing is held but one matrix at a time: a tied head shares the embedding's blocks from
+    the start (of Gemma-3-12B they are 0.77 GiB, which an 8 GiB card has not got twice).
+
+    Args:
+        model: its parameters are on the meta device.
+        mix: key of `MIXES`.
+        dtype: of what is not packed, and of the embedding's result.
+        device: where the weights go.
+        kept: patterns of modules that are not packed.
+    """
+    for module in model.modules():
+        if hasattr(module, "scalar_embed_scale"):  # a buffer, which has no value on the meta device
+            module.embed_scale = torch.tensor(module.scalar_embed_scale, device=device)
+    blocks: dict[int, nn.Parameter] = {}  # by the id of the meta weight, which the list keeps alive
+    weights: list[nn.Parameter] = []
+    for name, type in types_of(model, Choice(mix, exclude=kept)).items():
         old = model.get_submodule(name)
-        rows, columns = old.weight.shape
         with torch.device("meta"):
             new = replacement(old, type, dtype, packed=True)
-        new.weight = nn.Parameter(random_blocks(rows, columns, type), requires_grad=False)
+        if id(old.weight) not in blocks:
+            weights.append(old.weight)
+            drawn = random_blocks(*old.weight.shape, type, device)
+            blocks[id(old.weight)] = nn.Parameter(drawn, requires_grad=False)
+        new.weight = blocks[id(old.weight)]
         model.set_submodule(name, new)
-    model.tie_weights()
     for module in model.modules():
         for key, part in list(module._parameters.items()):
             if part is not None and part.is_meta:
-                new = torch.ones if part.dim() == 1 else torch.zeros
-                module._parameters[key] = nn.Parameter(
-                    new(part.shape, device="cuda", dtype=dtype), requires_grad=False
-                )
-    with torch.device("cuda"):
-        model.model.rotary_emb = type_of(model.model.rotary_emb)(config)
+                new = torch.empty(part.shape, device=device, dtype=dtype)
+                new.fill_(1.0) if part.dim() == 1 else new.normal_(0, 0.02)
+                module._parameters[key] = nn.Parameter(new, requires_grad=False)
+    model.tie_weights()
+    with torch.device(device):
+        model.model.rotary_emb = type_of(model.model.rotary_emb)(model.config)
     return model.eval()
 
 
@@ -81,7 +102,4 @@ def packed_gemma_12b(mix: str = "Q4_K_M", layers: int = 48, dtype: torch.dtype =
     )  # fmt: skip
     with torch.device("meta"):
         model = Gemma3ForCausalLM(config).to(dtype)
-    for module in model.modules():
-        if hasattr(module, "scalar_embed_scale"):
-            module.embed_scale = torch.tensor(module.scalar_embed_scale)
     return pack_at_random(model, mix, dtype)

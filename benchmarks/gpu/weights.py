@@ -4,10 +4,11 @@
 - `matvec`: one row under a CUDA graph, weights rotated through 160 MB, against bytes / 4.3 TB/s; bitsandbytes nf4
   beside it. `chained` makes each product wait for the one before it, as the layers of a model do.
 - `decode`: a Llama-2-7B shape in Q4_K_M by `generate` with `patch_model`'s graph, and the same in nf4.
-- `cap`: an 8 GiB card (`card_8gb.py`): Llama-2-7B with 4,096 tokens of fp16 K/V; Gemma-3-12B with int4 pages.
+- `cap`: an 8 GiB card (`card_8gb.py`): Llama-2-7B with 4,096 tokens of fp16 K/V; Gemma-3-12B with a packed embedding
+  and int4 pages, of 8,192 tokens and more. `cap-llama` and `cap-gemma` are its halves.
 - `load`: a bf16 Llama shape read from disk into Q4_K_M on the GPU: peak allocated over what stays.
 
-`PYTHONPATH=.:.carry/site python benchmarks/gpu/weights.py --only check,matvec,decode` (`cap` needs a run of its own).
+`PYTHONPATH=.:.carry/site python benchmarks/gpu/weights.py --only check,matvec,decode` (`cap` in one of its own).
 """
 
 from __future__ import annotations
@@ -175,9 +176,32 @@ def clear() -> None:
     torch.cuda.empty_cache()
 
 
+@torch.inference_mode()
+def graphs_are_right() -> list[dict[str, Any]]:
+    """Three packed layers: a graph's logits, as captured and compiled, against DynamicCache's on the same weights."""
+    model, rows = packed_llama_7b(layers=3), []
+    ids = torch.randint(2, 32000, (2, 70), device="cuda", generator=torch.Generator("cuda").manual_seed(3))
+    call = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 40, "do_sample": False, "disable_compile": True,
+            "return_dict_in_generate": True, "output_logits": True}  # fmt: skip
+    want = model.generate(ids, **call)
+    for compiled in (False, True):
+        with hf_ctxopt.patched(model, cache="ctx_paged", compile=compiled):
+            got = model.generate(ids, **call)
+        cache = next(got[key] for key in ("cache", "past_key_values") if got.get(key) is not None)
+        same = 0
+        while same < 40 and torch.equal(got.sequences[:, : 70 + same], want.sequences[:, : 70 + same]):
+            same += 1
+        errors = [float((a.float() - b.float()).norm() / b.float().norm())
+                  for a, b in zip(got.logits[:same], want.logits[:same], strict=True)]  # fmt: skip
+        rows.append({"compile": compiled, "graph": cache.stats()["graph"], "steps": same, "error": max(errors)})
+        print(rows[-1], flush=True)
+    return rows
+
+
 def whole_decode() -> list[dict[str, Any]]:
     """Q4_K_M and nf4 in the same run, two rounds."""
-    rows = []
+    rows = graphs_are_right()
+    clear()
     makers = {"Q4_K_M": packed_llama_7b, "nf4": llama_7b}
     for round in range(2):
         for name, make in makers.items():
@@ -197,27 +221,37 @@ def whole_decode() -> list[dict[str, Any]]:
 
 
 def cap() -> list[dict[str, Any]]:
-    """On an 8 GiB card."""
-    rows: list[dict[str, Any]] = [shrink()]
-    print(rows, flush=True)
-    for name, make, options, points in (
-        ("Llama-2-7B", lambda: packed_llama_7b(dtype=torch.float16), {}, (4096,)),
-        ("Gemma-3-12B", packed_gemma_12b, {"kv_bits": 4}, (8192, 9728, 12288, 16384, 24576)),
-    ):
-        model = make()
-        held = torch.cuda.memory_allocated() / 2**30
-        for context in points:
-            try:
-                row = generated(model, context - 32, **options)
-            except torch.OutOfMemoryError as error:
-                row = {"context": context, "refused": str(error).split(". ")[0]}
-            rows.append({"model": name, "held_gib": held, **row})
-            print(rows[-1], flush=True)
-            clear()
-            if "refused" in row:
-                break
-        del model
+    """On an 8 GiB card: both models."""
+    return [shrink(), *cap_llama(), *cap_gemma()]
+
+
+def cap_llama() -> list[dict[str, Any]]:
+    """Llama-2-7B with 4,096 tokens of fp16 K/V; the card is shrunk already."""
+    return capped("Llama-2-7B", lambda: packed_llama_7b(dtype=torch.float16), (4096,))
+
+
+def cap_gemma(mix: str = "Q4_K_M") -> list[dict[str, Any]]:
+    """Gemma-3-12B's text model, its embedding packed too, with int4 pages; the card is shrunk already."""
+    return capped(f"Gemma-3-12B {mix}", lambda: packed_gemma_12b(mix), (8192, 8704, 12288, 16384, 24576), kv_bits=4)
+
+
+def capped(name: str, make: Callable[[], Any], points: tuple[int, ...], **options: Any) -> list[dict[str, Any]]:
+    """`generate` at growing lengths until the card is full, 32 tokens of each generated."""
+    model = make()
+    clear()
+    held, built = torch.cuda.memory_allocated() / 2**30, torch.cuda.max_memory_allocated() / 2**30
+    rows: list[dict[str, Any]] = []
+    for context in points:
+        try:
+            row = generated(model, context - 32, **options)
+        except torch.OutOfMemoryError as error:
+            row = {"context": context, "refused": str(error).split(". ")[0]}
+        rows.append({"model": name, "held_gib": held, "build_peak_gib": built, **row})
+        rows[-1]["context"] = context
+        print(rows[-1], flush=True)
         clear()
+        if "refused" in row:
+            break
     return rows
 
 
@@ -258,14 +292,17 @@ def main() -> None:
     parser.add_argument("--only", default="check,matvec,decode,load")
     parser.add_argument("--sweep", action="store_true", help="try other launches of the matvec kernels")
     parser.add_argument("--load-layers", type=int, default=32)
+    parser.add_argument("--gemma-mix", default="Q4_K_M", help="the mix of `cap-gemma`")
     options = parser.parse_args()
     parts = options.only.split(",")
-    if "cap" in parts:
+    if any(part.startswith("cap") for part in parts):
         with_growing_segments()
     torch.backends.cuda.enable_cudnn_sdp(False)
     result: dict[str, Any] = {"device": torch.cuda.get_device_name(), "torch": torch.__version__,
                               "transformers": transformers.__version__, "commit": options.commit}  # fmt: skip
     steps = {"check": check, "matvec": lambda: matvec(options.sweep), "decode": whole_decode, "cap": cap,
+             "cap-llama": lambda: [shrink(), *cap_llama()],
+             "cap-gemma": lambda: [shrink(), *cap_gemma(options.gemma_mix)],
              "load": lambda: load(options.load_layers)}  # fmt: skip
     options.out.parent.mkdir(parents=True, exist_ok=True)
     for part in parts:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,43 +12,55 @@ import torch
 
 from ..errors import ConfigError, CtxoptError
 from ..planner.plan import Plan
-from ..planner.schemes import LOADED, PLAIN
-from ..weights.config import GgufQuantConfig
-from ..weights.in_memory import quantize_
+from ..planner.schemes import LOADED
+from ..planner.search import plan as make_plan
 from ..weights.mixes import MIXES
+from ..weights.others import OTHERS, check_other
 from ..weights.roles import NAMES, Role
+from .packing import check_scheme, loading_config, pack_loaded
 from .patch import patch_model
 from .register import register
 
 LOAD_ERRORS = (OSError, ValueError, KeyError, ImportError, RuntimeError)  # what transformers raises for bad models
+_READING = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token", "trust_remote_code")
 _PARTS = {"embedding": Role.EMBEDDING, "head": Role.HEAD}
 
 
-def load(plan: Plan | Mapping[str, Any], device: Any = None, **options: Any) -> tuple[Any, Any]:
+def load(
+    plan: Plan | Mapping[str, Any] | str | os.PathLike[str], device: Any = None, *, weights: str | None = None,
+    **options: Any
+) -> tuple[Any, Any]:  # fmt: skip
     """Load what a plan names, with its weights packed as planned, and patch it.
 
     Args:
-        plan: a plan made from a folder, a `.gguf` file or a Hub id; or what `Plan.to_dict` made of one.
+        plan: a plan made from a folder, a `.gguf` file or a Hub id; or what `Plan.to_dict` made of one; or such a
+            folder, file or id itself, which is then planned for with the defaults of `hf_ctxopt.plan`.
         device: where it is to run; by default the plan's device if it is here, else the first GPU, else the CPU.
+        weights: with a folder, file or id: how its weights are to be stored, one of `planner.schemes.SCHEMES`.
         **options: go to `from_pretrained` (e.g. `local_files_only=True`).
 
     Returns:
         The model, patched and ready to generate, and its tokenizer.
 
     Raises:
-        ConfigError: the plan is of a model in memory or of a config, which there is nothing to load of.
-        CtxoptError: transformers cannot load it; the message is its first line.
+        ConfigError: the plan is of a model in memory or of a config, which there is nothing to load of; a scheme that
+            does not run on the device, or that the checkpoint rules out.
+        CtxoptError: a package that the scheme needs is missing; transformers cannot load it: the message is its first
+            line.
+        DoesNotFitError: of the planning.
     """
-    found = plan if isinstance(plan, Plan) else Plan.from_dict(plan)
+    found = _plan(plan, device, weights)
     if found.weights == LOADED:
         raise ConfigError("plan.weights", LOADED, "a scheme to load with: this plan is of a model that is loaded")
     register()
     place = _place(found, device)
+    if found.weights in OTHERS:
+        check_other(found.weights, place.type)  # before anything is read
     source, extra = source_of(found.model)
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, **extra)
+        tokenizer = AutoTokenizer.from_pretrained(source, **extra, **_hub(options))
         model = _model(found, source, {**extra, **options}, place)
     except LOAD_ERRORS as error:
         if isinstance(error, CtxoptError):
@@ -57,6 +70,19 @@ def load(plan: Plan | Mapping[str, Any], device: Any = None, **options: Any) -> 
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return patch_model(model.eval(), plan=found), tokenizer
+
+
+def _plan(plan: Any, device: Any, weights: str | None) -> Plan:
+    if isinstance(plan, str | os.PathLike):
+        return make_plan(os.fspath(plan), device=device, weights=weights)
+    if weights is not None:
+        raise ConfigError("weights", weights, "None beside a plan, which has its own")
+    return plan if isinstance(plan, Plan) else Plan.from_dict(plan)
+
+
+def _hub(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that say where and how to read, which the config and the tokenizer need too."""
+    return {name: options[name] for name in _READING if name in options}
 
 
 def source_of(name: str) -> tuple[str, dict[str, Any]]:
@@ -80,37 +106,31 @@ def _dtype(place: torch.device) -> torch.dtype:
 
 
 def _model(plan: Plan, source: str, options: dict[str, Any], place: torch.device) -> Any:
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     options = {"dtype": _dtype(place), **options}
     kept = [_pattern(_PARTS[part]) for part in plan.on_host]
-    late = plan.weights in MIXES and "gguf_file" in options  # such a file is unpacked first, and then packed again
-    if plan.weights != PLAIN and not late:
-        options["quantization_config"] = _quantization(plan.weights, kept, options["dtype"])
+    from_gguf = "gguf_file" in options  # such a file is unpacked first, and then packed again
+    stored = None
+    if not from_gguf:
+        stored = getattr(AutoConfig.from_pretrained(source, **_hub(options)), "quantization_config", None)
+    ready = check_scheme(plan.weights, place.type, stored)
+    config = None if ready else loading_config(plan.weights, kept, options["dtype"])
+    late = not ready and (from_gguf or config is None)
+    if late and config is not None and plan.weights not in MIXES:
+        raise ConfigError("plan.weights", plan.weights, f"one of {', '.join(MIXES)} for a .gguf file")
+    if config is not None and not late:
+        options["quantization_config"] = config
     # Straight to the device where accelerate can do it; else through the host, whose memory then holds the model once.
     direct = place.type != "cpu" and not kept and not late and importlib.util.find_spec("accelerate") is not None
     if direct:
         options["device_map"] = {"": str(place)}
     model = AutoModelForCausalLM.from_pretrained(source, **options)
     if late:
-        quantize_(model, plan.weights, exclude=kept)
+        pack_loaded(model, plan.weights, kept, place)
     if not direct and place.type != "cpu":
         _move(model, place, plan.on_host)
     return model
-
-
-def _quantization(scheme: str, kept: list[str], dtype: torch.dtype) -> Any:
-    if scheme in MIXES:
-        return GgufQuantConfig(scheme, exclude=kept)
-    from transformers import BitsAndBytesConfig, HqqConfig
-
-    if scheme == "int8":
-        return BitsAndBytesConfig(load_in_8bit=True)
-    if scheme == "hqq4":
-        return HqqConfig(nbits=4, group_size=64)
-    return BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
-    )
 
 
 def _pattern(role: Role) -> str:

@@ -17,6 +17,7 @@ from ..planner.plan import Plan
 from .build import parse_options, unwrap
 from .decode_graph import DecodeGraph
 from .offload import check_parts, from_host, parse_parts, to_host
+from .packing import check_in_memory, pack_in_memory
 from .planned import AUTO, USUAL, Settings, automatic, check_weights, settings_of
 from .record import ATTRIBUTE, PatchRecord, record_of
 from .register import register
@@ -27,7 +28,7 @@ _Model = TypeVar("_Model", bound=nn.Module)
 
 def patch_model(
     model: _Model, cache: str | None = None, *, plan: Plan | Mapping[str, Any] | None = None, graph: bool = True,
-    compile: bool = False, on_host: Sequence[str] = (), **options: Any
+    compile: bool = False, on_host: Sequence[str] = (), weights: str | None = None, **options: Any
 ) -> _Model:  # fmt: skip
     """Make `generate` use one of our caches by default, and attention read its pages.
 
@@ -45,13 +46,15 @@ def patch_model(
         compile: put the graph's body through `torch.compile`: a minute at the first step, faster ones afterwards.
         on_host: of `"embedding"` and `"head"`, the matrices to keep in the host's memory (see `offload.py`). Moving
             the model afterwards moves them too.
+        weights: pack the model's weights first, e.g. as `"Q4_K_M"` (see `packing.py`); `unpatch_model` leaves them so.
         **options: the cache's options.
 
     Returns:
         The same model.
 
     Raises:
-        ConfigError: an unknown cache or option, or a value out of range.
+        ConfigError: an unknown cache or option, a value out of range, or weights that are packed only while loading.
+        CtxoptError: a package that `weights` needs is missing.
         UnsupportedModelError: not a transformers model that generates, or it has no such matrix.
     """
     for name, flag in (("graph", graph), ("compile", compile)):
@@ -63,11 +66,14 @@ def patch_model(
     inner = unwrap(model)
     chosen = None if plan is not None else _given(cache, options)
     if plan is not None:
-        if cache is not None or options or parts:
-            raise ConfigError("plan", "given", "a plan alone: cache, options and on_host are the plan's")
+        if cache is not None or options or parts or weights is not None:
+            raise ConfigError("plan", "given", "a plan alone: cache, options, on_host and weights are the plan's")
         chosen = settings_of(plan)
     if not isinstance(inner, PreTrainedModel) or not inner.can_generate():
         raise UnsupportedModelError(f"{type(inner).__name__} is not a transformers model with generate()")
+    if weights is not None and check_in_memory(inner, weights):
+        check_parts(inner, parts)
+        pack_in_memory(inner, weights)
     if chosen is None:
         chosen = automatic(inner)
     elif chosen.plan is not None:
@@ -120,6 +126,8 @@ def unpatch_model(model: _Model) -> _Model:
 @contextmanager
 def patched(model: _Model, cache: str | None = None, **options: Any) -> Iterator[_Model]:
     """`patch_model` for the length of a `with` block; an earlier patch comes back afterwards."""
+    if options.get("weights") is not None:
+        raise ConfigError("weights", options["weights"], "None: packing is not undone at the end of the block")
     before = record_of(unwrap(model))
     patch_model(model, cache, **options)
     try:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .fused import NormForm
 from .paged import PagedStates
 
 
@@ -35,6 +36,31 @@ class DecodeKernels:
 def decode_kernels(device: torch.device) -> DecodeKernels | None:
     """The kernels for one-token steps on `device`; `None` where plain torch reads the pages (see `why_not`)."""
     return None if why_not(device) is not None else _triton_kernels()
+
+
+@dataclass(frozen=True)
+class FusedKernels:
+    """The small operations of a step in one launch each.
+
+    Args:
+        norm: see `fused.rms_norm`.
+        rotary: see `fused.rotary`.
+    """
+
+    norm: Callable[[Tensor, Tensor, float, NormForm], Tensor]
+    rotary: Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+def fused_kernels(device: torch.device) -> FusedKernels | None:
+    """The kernels for a captured step's norms and rotary embeddings on `device`; `None` where there are none."""
+    return None if why_not(device) is not None else _triton_fused()
+
+
+@cache
+def _triton_fused() -> FusedKernels:
+    from .fused_triton import rms_norm, rotary
+
+    return FusedKernels(_on_its_device(rms_norm), _on_its_device(rotary))
 
 
 Sealer = Callable[[PagedStates, Tensor, tuple[float, float]], None]
@@ -89,11 +115,11 @@ def _triton_kernels() -> DecodeKernels:
     return DecodeKernels("triton", _on_its_device(append), _on_its_device(decode), scratch)
 
 
-def _on_its_device(kernel: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def _on_its_device(kernel: Callable[..., Any]) -> Callable[..., Any]:
     """`kernel`, launched on its first argument's device: Triton takes the current one, whatever the tensors say."""
 
     @wraps(kernel)
-    def launch(first: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def launch(first: Tensor, *args: Any, **kwargs: Any) -> Any:
         if not first.is_cuda or first.device.index == torch.cuda.current_device():
             return kernel(first, *args, **kwargs)
         with torch.cuda.device(first.device):
@@ -119,13 +145,23 @@ def _gguf_triton() -> Callable[[Tensor, Tensor, str], Tensor]:
     return _on_its_device(matmul)
 
 
-def gguf_decoder(device: torch.device) -> Callable[[Tensor, str], Tensor] | None:
-    """What decodes a packed weight to float32 on `device` faster than torch, see `native.gguf.decode`; or `None`."""
-    if device.type != "cpu" or _gguf_native() is None:
-        return None
+def gguf_decoder(device: torch.device) -> Callable[[Tensor, str, torch.dtype], Tensor] | None:
+    """What decodes a packed weight on `device` faster than torch, see `gguf_decode_triton.decode`; or `None`."""
+    if device.type == "cpu":
+        return None if _gguf_native() is None else _native_decode
+    return None if why_not(device) is not None else _triton_decode
+
+
+def _native_decode(packed: Tensor, type: str, dtype: torch.dtype) -> Tensor:
     from .native.gguf import decode
 
-    return decode
+    return decode(packed, type).to(dtype)
+
+
+def _triton_decode(packed: Tensor, type: str, dtype: torch.dtype) -> Tensor:
+    from .gguf_decode_triton import decode
+
+    return decode(packed, type, dtype)
 
 
 def _gguf_native() -> Callable[[Tensor, Tensor, str], Tensor] | None:

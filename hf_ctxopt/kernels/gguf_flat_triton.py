@@ -43,8 +43,8 @@ def matmul_flat(  # type: ignore[no-untyped-def]
     INNER: tl.constexpr = 8 if BITS == 8 else 4
     ALL: tl.constexpr = BLOCKS * 2
     STEPS: tl.constexpr = (ALL + CHUNKS - 1) // CHUNKS
-    some = tl.program_id(0) * TAKEN + tl.arange(0, TAKEN)
-    output = tl.program_id(1) * TILE + tl.arange(0, TILE)
+    some = tl.program_id(1) * TAKEN + tl.arange(0, TAKEN)
+    output = tl.program_id(0) * TILE + tl.arange(0, TILE)
     start = output.to(tl.int64) * (BLOCKS * WORDS)
     fits = output < outputs
     live = some < rows

@@ -2,10 +2,9 @@
 
 A block is a 16-byte header (fp16 scale, fp16 scale of the minima, eight pairs of 6-bit integers), for Q5_K 32 bytes
 of fifth bits, and 128 bytes of nibbles: 16-byte aligned. A thread takes two times 16 bytes of nibbles ("chunk": the 64
-weights of groups 2 k and 2 k + 1). Layout: ggml `ggml-common.h`.
+weights of groups 2 k and 2 k + 1) of each of its outputs. Layout: ggml `ggml-common.h`.
 
-A code becomes a float without a conversion: put into the mantissa of 1.0 it reads 1 + code / 2^n. The surplus ones are
-taken off once per chunk, with the sum of the activations that the minima need anyway.
+Everything of a chunk but its two fp16 factors is summed in integers, see `gguf_fixed_triton`.
 """
 
 from __future__ import annotations
@@ -13,101 +12,37 @@ from __future__ import annotations
 import triton
 from triton import language as tl
 
-from hf_ctxopt.kernels.gguf_parts_triton import FLOAT32, floats_of, half_of, split_four
+from hf_ctxopt.kernels.gguf_fixed_triton import dot_eight, fixed, largest_of, load_four_pairs, sum_of, unit_of
+from hf_ctxopt.kernels.gguf_parts_triton import half_of, split_four
 
-LOW, HIGH = tl.constexpr(0xF0000), tl.constexpr(0xF000)  # where low and high nibbles are put: bits 16 and 12
-LOW_UNIT, HIGH_UNIT = tl.constexpr(128.0), tl.constexpr(2048.0)  # 2^23 / 2^16, 2^23 / 2^12
+LIMIT = tl.constexpr(32767.0)  # two groups of Q4_K's 32 products of 15, this and 63 stay below 2^31
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _low(word, byte: tl.constexpr, fifth, one, BITS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """1 + code / 128 of the low nibble of a byte; `fifth` holds its fifth bit in bit 8 byte."""
-    if byte == 0:
-        code = word << 16
-    elif byte == 1:
-        code = word << 8
-    elif byte == 2:
-        code = word
-    else:
-        code = word >> 8
-    code = code & LOW
+def _nibbles(word, fifth, BITS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Codes of a word of nibbles as bytes: (those of the first group, those of the second).
+
+    `fifth` has the first group's fifth bits in bits 4, 12, 20 and 28, the second's one above.
+    """
+    low, high = word & 0x0F0F0F0F, (word >> 4) & 0x0F0F0F0F
     if BITS == 5:
-        code = code | (((fifth >> (8 * byte)) & 1) << 20)
-    return (code | one).to(tl.float32, bitcast=True)
+        low, high = low | (fifth & 0x10101010), high | ((fifth >> 1) & 0x10101010)
+    return low, high
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _high(word, byte: tl.constexpr, fifth, one, BITS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """1 + code / 2048 of the high nibble of a byte."""
-    if byte == 0:
-        code = word << 8
-    elif byte == 1:
-        code = word
-    elif byte == 2:
-        code = word >> 8
-    else:
-        code = word >> 16
-    code = code & HIGH
-    if BITS == 5:
-        code = code | (((fifth >> (8 * byte)) & 1) << 16)
-    return (code | one).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def _group(first, second, third, group):  # type: ignore[no-untyped-def]
-    """6-bit scale and minimum of `group` (0–7) from the header's three words, as float32."""
-    shift = (group & 3) * 8
-    a, b, c = first >> shift, second >> shift, third >> shift
-    late = group >= 4
-    scale = tl.where(late, (c & 15) | ((a >> 2) & 48), a & 63)
-    minimum = tl.where(late, ((c >> 4) & 15) | ((b >> 2) & 48), b & 63)
-    return scale.to(tl.float32), minimum.to(tl.float32)
+def _fifths(packed, first, inner, left, right, CHUNKS: tl.constexpr, TILE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Four words of fifth bits, those of the chunk's first group in bits 4, 12, 20 and 28."""
+    f0, f1, f2, f3 = split_four(tl.load(packed + first[:, :, None] + inner), CHUNKS, TILE)
+    return (f0 << left) >> right, (f1 << left) >> right, (f2 << left) >> right, (f3 << left) >> right
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _word(low, high, word, fifth, x, lows, highs, at, given, one, BITS: tl.constexpr, KIND: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Adds one word's eight products to `low` and `high`; also the sums of its activations."""
-    a, b, c, d = floats_of(x, lows, at, given, KIND)
-    low += a * _low(word, 0, fifth, one, BITS)
-    low += b * _low(word, 1, fifth, one, BITS)
-    low += c * _low(word, 2, fifth, one, BITS)
-    low += d * _low(word, 3, fifth, one, BITS)
-    low_sum = (a + b) + (c + d)
-    a, b, c, d = floats_of(x, highs, at + 8, given, KIND)
-    above = fifth >> 1
-    high += a * _high(word, 0, above, one, BITS)
-    high += b * _high(word, 1, above, one, BITS)
-    high += c * _high(word, 2, above, one, BITS)
-    high += d * _high(word, 3, above, one, BITS)
-    return low, high, low_sum, (a + b) + (c + d)
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def _half(  # type: ignore[no-untyped-def]
-    low, high, words, fifths, x, at, given, one, inner, CHUNKS: tl.constexpr, BITS: tl.constexpr, KIND: tl.constexpr
-):
-    """Adds the products of four words."""
-    w0, w1, w2, w3 = words
-    f0, f1, f2, f3 = fifths
-    if KIND == FLOAT32:
-        l0, l1, l2, l3 = words
-        h0, h1, h2, h3 = words
-    else:
-        many = at[:, :, None] + inner[None, None, :]
-        l0, l1, l2, l3 = split_four(tl.load(x + many, mask=given[:, :, None], other=0), 1, CHUNKS)
-        h0, h1, h2, h3 = split_four(tl.load(x + many + 8, mask=given[:, :, None], other=0), 1, CHUNKS)
-    low, high, s0, t0 = _word(low, high, w0, f0, x, l0, h0, at, given, one, BITS, KIND)
-    low, high, s1, t1 = _word(low, high, w1, f1, x, l1, h1, at + 1, given, one, BITS, KIND)
-    low, high, s2, t2 = _word(low, high, w2, f2, x, l2, h2, at + 2, given, one, BITS, KIND)
-    low, high, s3, t3 = _word(low, high, w3, f3, x, l3, h3, at + 3, given, one, BITS, KIND)
-    return low, high, (s0 + s1) + (s2 + s3), (t0 + t1) + (t2 + t3)
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def _fifths(packed, first, here, shift, TILE: tl.constexpr, CHUNKS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Four words of fifth bits, those of the chunk's first group in bits 0, 8, 16 and 24."""
-    f0, f1, f2, f3 = split_four(tl.load(packed + first, mask=here[:, :, None], other=0), TILE, CHUNKS)
-    return f0 >> shift, f1 >> shift, f2 >> shift, f3 >> shift
+def _eight(low, high, x, at, w0, w1, f0, f1, BITS: tl.constexpr, ASM: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Adds two words' products with `x`' fixed-point words of either group."""
+    l0, h0 = _nibbles(w0, f0, BITS)
+    l1, h1 = _nibbles(w1, f1, BITS)
+    return dot_eight(low, x, l0, l1, ASM), dot_eight(high, at, h0, h1, ASM)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -117,7 +52,6 @@ def matmul_k(  # type: ignore[no-untyped-def]
     out,
     rows,
     outputs,
-    one,  # the bits of 1.0: from a register, they are set by the instruction that masks the code
     COLUMNS: tl.constexpr,
     BITS: tl.constexpr,
     KIND: tl.constexpr,
@@ -125,11 +59,12 @@ def matmul_k(  # type: ignore[no-untyped-def]
     TILE: tl.constexpr,  # outputs of a program
     CHUNKS: tl.constexpr,  # chunks of one step
     EARLY: tl.constexpr,
+    ASM: tl.constexpr,  # whether NVIDIA's instructions can be used
 ):
     """out[m, o] = sum over columns of x[m] times weight[o].
 
     Args:
-        x: (rows, COLUMNS) as int64 words, or float32.
+        x: (rows, COLUMNS) as int32 words, or float32.
         packed: (outputs, words of a row) int32.
         out: (rows, outputs).
     """
@@ -139,65 +74,77 @@ def matmul_k(  # type: ignore[no-untyped-def]
     BLOCKS: tl.constexpr = COLUMNS // 256
     ALL: tl.constexpr = BLOCKS * 4
     STEPS: tl.constexpr = (ALL + CHUNKS - 1) // CHUNKS
-    some = tl.program_id(0) * TAKEN
-    tile = tl.program_id(1) * TILE
+    some = tl.program_id(1) * TAKEN
+    tile = tl.program_id(0) * TILE
     output = tl.arange(0, TILE)
     packed += tile.to(tl.int64) * (BLOCKS * WORDS)
-    start = output * (BLOCKS * WORDS)
-    fits = tile + output < outputs
-    inner = tl.arange(0, 4)
-    row_of = tl.zeros((1, CHUNKS), tl.int32) + some
-    total = tl.zeros((TILE, CHUNKS), tl.float32)
+    # An output or a chunk too many reads the last one again: a mask would cost more than the loads it saves.
+    start = tl.minimum(output, outputs - 1 - tile) * (BLOCKS * WORDS)
+    inner = tl.arange(0, 4)[None, None, :]
+    row_of = tl.zeros((CHUNKS, 1), tl.int32) + some
+    total = tl.zeros((CHUNKS, TILE), tl.float32)
     result = tl.zeros((TAKEN, TILE), tl.float32)
-    for step in tl.static_range(STEPS):
+    for step in tl.range(STEPS):
         chunk = step * CHUNKS + tl.arange(0, CHUNKS)
         valid = chunk < ALL
-        block, pair = chunk // 4, chunk % 4
-        head = start[:, None] + (block * WORDS)[None, :]
-        here = fits[:, None] & valid[None, :]
-        codes = start[:, None, None] + (block * WORDS + WORDS - 32 + pair * 8)[None, :, None] + inner[None, None, :]
-        near = tl.load(packed + codes, mask=here[:, :, None], other=0)
-        far = tl.load(packed + codes + 4, mask=here[:, :, None], other=0)
-        factors = tl.load(packed + head, mask=here, other=0)
-        first = tl.load(packed + head + 1, mask=here, other=0)
-        second = tl.load(packed + head + 2, mask=here, other=0)
-        third = tl.load(packed + head + 3, mask=here, other=0)
-        near_words = split_four(near, TILE, CHUNKS)
-        far_words = split_four(far, TILE, CHUNKS)
+        chunk = tl.minimum(chunk, ALL - 1)
+        block, pair = chunk // 4, (chunk % 4)[:, None]
+        head = start[None, :] + (block * WORDS)[:, None]
+        codes = head + (WORDS - 32) + pair * 8
+        w0, w1, w2, w3 = split_four(tl.load(packed + codes[:, :, None] + inner), CHUNKS, TILE)
+        w4, w5, w6, w7 = split_four(tl.load(packed + codes[:, :, None] + inner + 4), CHUNKS, TILE)
+        factors, first, second, third = split_four(tl.load(packed + head[:, :, None] + inner), CHUNKS, TILE)
         if BITS == 5:
-            bits = start[:, None, None] + (block * WORDS + 4)[None, :, None] + inner[None, None, :]
-            near_fifths = _fifths(packed, bits, here, (2 * pair)[None, :], TILE, CHUNKS)
-            far_fifths = _fifths(packed, bits + 4, here, (2 * pair)[None, :], TILE, CHUNKS)
+            left, right = tl.maximum(4 - 2 * pair, 0), tl.maximum(2 * pair - 4, 0)
+            f0, f1, f2, f3 = _fifths(packed, head + 4, inner, left, right, CHUNKS, TILE)
+            f4, f5, f6, f7 = _fifths(packed, head + 8, inner, left, right, CHUNKS, TILE)
         else:
-            near_fifths, far_fifths = near_words, far_words
-        if EARLY and step == 0:
+            f0, f1, f2, f3, f4, f5, f6, f7 = w0, w0, w0, w0, w0, w0, w0, w0
+        # Both 6-bit scales of the chunk, in bits 0-5 and 8-13, and both minima: groups 4-7 have their upper two bits
+        # where groups 0-3 have nothing else.
+        late = pair >= 2
+        half = (pair & 1) * 16
+        upper, mask, lower = half + tl.where(late, 2, 0), tl.where(late, 0x3030, 0x3F3F), tl.where(late, 0x0F0F, 0)
+        scales = ((first >> upper) & mask) | ((third >> half) & lower)
+        minima = ((second >> upper) & mask) | ((third >> (half + 4)) & lower)
+        if EARLY:
             tl.extra.cuda.gdc_wait()  # weights do not depend on the kernel before this one, activations do
-        scale, base = half_of(factors), half_of(factors >> 16)
-        low_scale, low_minimum = _group(first, second, third, (2 * pair)[None, :])
-        high_scale, high_minimum = _group(first, second, third, (2 * pair + 1)[None, :])
-        low_scale, high_scale = scale * low_scale * LOW_UNIT, scale * high_scale * HIGH_UNIT
-        # What one unit of the activations' sum is worth: the surplus ones, and the minimum.
-        low_less, high_less = low_scale + base * low_minimum, high_scale + base * high_minimum
         for m in tl.static_range(TAKEN):
-            given = valid[None, :] & (row_of + m < rows)
-            at = ((some + m) * (COLUMNS // 4) + block * 64 + pair * 16)[None, :]
-            low = tl.zeros((TILE, CHUNKS), tl.float32)
-            high = tl.zeros((TILE, CHUNKS), tl.float32)
-            low, high, low_sum, high_sum = _half(
-                low, high, near_words, near_fifths, x, at, given, one, inner, CHUNKS, BITS, KIND
-            )
-            low, high, more_low, more_high = _half(
-                low, high, far_words, far_fifths, x, at + 4, given, one, inner, CHUNKS, BITS, KIND
-            )
-            low_sum, high_sum = low_sum + more_low, high_sum + more_high
-            here_sum = low_scale * low + high_scale * high - (low_less * low_sum + high_less * high_sum)
+            given = valid[:, None] & (row_of + m < rows)
+            at = ((some + m) * (COLUMNS // 8) + block * 32 + (chunk % 4) * 8)[:, None]
+            p0, p1 = load_four_pairs(x, at, given, KIND), load_four_pairs(x, at + 1, given, KIND)
+            p2, p3 = load_four_pairs(x, at + 2, given, KIND), load_four_pairs(x, at + 3, given, KIND)
+            p4, p5 = load_four_pairs(x, at + 4, given, KIND), load_four_pairs(x, at + 5, given, KIND)
+            p6, p7 = load_four_pairs(x, at + 6, given, KIND), load_four_pairs(x, at + 7, given, KIND)
+            scale, back = unit_of(largest_of(p0, p1, p2, p3, p4, p5, p6, p7, CHUNKS), LIMIT)
+            x0, x1 = fixed(p0, scale, CHUNKS, ASM), fixed(p1, scale, CHUNKS, ASM)
+            x2, x3 = fixed(p2, scale, CHUNKS, ASM), fixed(p3, scale, CHUNKS, ASM)
+            x4, x5 = fixed(p4, scale, CHUNKS, ASM), fixed(p5, scale, CHUNKS, ASM)
+            x6, x7 = fixed(p6, scale, CHUNKS, ASM), fixed(p7, scale, CHUNKS, ASM)
+            none = tl.zeros((CHUNKS, 1), tl.int32)
+            low_sum = sum_of(sum_of(sum_of(sum_of(none, x0, ASM), x1, ASM), x2, ASM), x3, ASM)
+            high_sum = sum_of(sum_of(sum_of(sum_of(none, x4, ASM), x5, ASM), x6, ASM), x7, ASM)
+            low = tl.zeros((CHUNKS, TILE), tl.int32)
+            high = tl.zeros((CHUNKS, TILE), tl.int32)
+            low, high = _eight(low, high, x0, x4, w0, w1, f0, f1, BITS, ASM)
+            low, high = _eight(low, high, x1, x5, w2, w3, f2, f3, BITS, ASM)
+            low, high = _eight(low, high, x2, x6, w4, w5, f4, f5, BITS, ASM)
+            low, high = _eight(low, high, x3, x7, w6, w7, f6, f7, BITS, ASM)
+            low, high = low * (scales & 255), high * (scales >> 8)
+            if BITS == 4:
+                product = (low + high).to(tl.float32)
+            else:  # two groups' 32 products of 31, 32,767 and 63 exceed 2^31
+                product = low.to(tl.float32) + high.to(tl.float32)
+            less = low_sum * (minima & 255) + high_sum * (minima >> 8)
+            done = half_of(factors) * product - half_of(factors >> 16) * less.to(tl.float32)
             if TAKEN == 1:
-                total += here_sum
+                total += done * back
             else:
                 this = tl.arange(0, TAKEN)[:, None] == m
-                result += tl.where(this, tl.sum(here_sum, 1)[None, :], 0.0)
+                result += tl.where(this, tl.sum(done * back, 0)[None, :], 0.0)
     if TAKEN == 1:
-        result += tl.sum(total, 1)[None, :]
+        result += tl.sum(total, 0)[None, :]
     row = some + tl.arange(0, TAKEN)
     place_out = row[:, None].to(tl.int64) * outputs + (tile + output)[None, :]
+    fits = tile + output < outputs
     tl.store(out + place_out, result.to(out.dtype.element_ty), mask=(row < rows)[:, None] & fits[None, :])

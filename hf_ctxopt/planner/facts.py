@@ -49,7 +49,7 @@ class Matrix:
         name: as `named_parameters` gives it.
         shape: (..., columns).
         linear: whether it is a linear layer's, which transformers' quantizers take.
-        packable: whether GGUF blocks can take its place (`weights/selection.py`): not experts in one tensor.
+        packable: whether GGUF blocks can take its place (`weights/selection.py`).
     """
 
     name: str
@@ -196,6 +196,21 @@ def _facts(config: Any, model: Any, source: str | None) -> ModelFacts:
     )  # fmt: skip
 
 
+def _meta(config: Any) -> Any:
+    """The model on the meta device.
+
+    Raises:
+        UnsupportedModelError: transformers has no model of that type that generates text, or cannot build it.
+    """
+    try:
+        return meta_model(config)
+    except (ImportError, ValueError, AttributeError, TypeError, RuntimeError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UnsupportedModelError(
+            f"{config.model_type}: transformers cannot build it from its config ({reason[:200]})"
+        ) from error
+
+
 def _groups(text: Any, module: Any) -> tuple[tuple[LayerShape, ...], int]:
     """Layers of equal heads and windows together, as the cache will have them, and how many it does not page."""
     from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
@@ -260,6 +275,7 @@ def _heads(text: Any, measured: tuple[int, int, int] | None) -> tuple[int, int, 
 def _matrices(module: Any) -> tuple[Matrix, ...]:
     from torch import nn
 
+    from ..weights.experts import PARTS, is_experts
     from ..weights.selection import is_embedding, is_linear
 
     linear, packable = set(), set()
@@ -268,6 +284,8 @@ def _matrices(module: Any) -> tuple[Matrix, ...]:
             linear.add(f"{name}.weight")
         if is_linear(part) or is_embedding(part):
             packable.add(f"{name}.weight")
+        elif is_experts(part):
+            packable.update(f"{name}.{own}" for own in PARTS)
     return tuple(Matrix(name, tuple(shape), name in linear, name in packable) for name, shape in weights_of(module))
 
 
@@ -309,7 +327,7 @@ def _loaded(model: Any) -> tuple[int, int, int]:
 
     def count(parts: Any) -> int:
         total = 0
-        for part in parts:
+        for part in (held for whole in parts for held in _held(whole)):
             storage = part.untyped_storage()
             if part.device == device and storage.data_ptr() not in seen:
                 seen[storage.data_ptr()] = storage.nbytes()
@@ -322,11 +340,24 @@ def _loaded(model: Any) -> tuple[int, int, int]:
     return count([*model.parameters(), *model.buffers(), *_states(model)]), first, last
 
 
+def _held(part: Any) -> Iterator[Any]:
+    """The tensors that hold a parameter's bytes: those of quanto and torchao wrap several."""
+    if not hasattr(part, "__tensor_flatten__"):
+        yield part
+        return
+    for name in part.__tensor_flatten__()[0]:
+        yield from _held(getattr(part, name))
+
+
 def _states(model: Any) -> list[Any]:
-    """Scales that bitsandbytes keeps beside its packed weights."""
+    """Scales that bitsandbytes and HQQ keep beside their packed weights."""
     found = []
     for part in model.parameters():
         state = getattr(part, "quant_state", None)
         nested = getattr(state, "state2", None)
         found += [getattr(state, "absmax", None), getattr(nested, "absmax", None)]
-    return [part for part in found if part is not None]
+    for module in model.modules():
+        meta = getattr(module, "meta", None)
+        if isinstance(meta, dict):
+            found += [meta.get("scale"), meta.get("zero")]
+    return [part for part in found if hasattr(part, "untyped_storage")]

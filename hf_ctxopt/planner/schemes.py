@@ -1,12 +1,7 @@
 """Bytes of a model's weights on the device, by how they are stored.
 
-A mix of GGUF blocks follows `weights/mixes.py`, with what it does not pack in the model's 16 bits. The others are
-those of transformers' quantizers, which take linear layers only: embedding, head and norms keep 16 bits.
-
-- `int8`: bitsandbytes LLM.int8: a byte for each weight and a float32 for each row.
-- `nf4`: bitsandbytes with double quantization: 4 bits, a byte for each block of 64, and a float32 for each 256 of
-  those (QLoRA, Dettmers et al. 2023, arXiv 2305.14314, section 3).
-- `hqq4`: 4 bits and, for each 64 weights, a 16-bit scale and zero.
+A mix of GGUF blocks follows `weights/mixes.py`, with what it does not pack in the model's 16 bits. The formats of
+other projects follow the table in `weights/others.py`: linear layers only, embedding, head and norms keep 16 bits.
 """
 
 from __future__ import annotations
@@ -17,11 +12,12 @@ from ..errors import ConfigError
 from ..weights.blocks import packed_bytes
 from ..weights.matmul import SLAB_GPU
 from ..weights.mixes import MIXES, tensor_type
+from ..weights.others import OTHERS, other_bytes
 from ..weights.roles import Role, role
 from .facts import Matrix, ModelFacts
 
 PLAIN, LOADED = "bf16", "loaded"
-LINEAR = ("int8", "nf4", "hqq4")
+LINEAR = tuple(OTHERS)
 SCHEMES = (PLAIN, *MIXES, *LINEAR)
 _NF4_TABLES = 4 * (16 + 256 + 1)  # a layer's code, the code of its scales, and their offset
 
@@ -101,10 +97,6 @@ def _bytes(matrix: Matrix, scheme: str, facts: ModelFacts) -> int:
 
 
 def _linear_bytes(matrix: Matrix, scheme: str) -> int:
-    numel = matrix.numel
-    if scheme == "int8":
-        return numel + 4 * (numel // matrix.shape[-1])
-    if scheme == "hqq4":
-        return -(-numel // 2) + 4 * -(-numel // 64)
-    blocks = -(-numel // 64)
-    return -(-numel // 2) + blocks + 4 * -(-blocks // 256) + _NF4_TABLES
+    columns = matrix.shape[-1]
+    size = other_bytes(matrix.numel // columns, columns, scheme)
+    return size + _NF4_TABLES if scheme == "nf4" else size

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from ..errors import ConfigError, DoesNotFitError
+from ..weights.others import install_line
 from .facts import ModelFacts, facts_of
 from .fit import Card, Choice, Task
 from .footprint import chunks_for, reserve_of
@@ -16,7 +17,7 @@ from .needs import ERROR, Needs, described
 from .plan import Plan
 from .profiles import profile
 from .remedies import rejections, remedies
-from .schemes import LOADED, PLAIN
+from .schemes import LINEAR, LOADED, PLAIN
 from .speed import token_ms
 from .words import size
 
@@ -273,10 +274,8 @@ class _Search:
             reasons.append(f"{' and '.join(choice.host)} on the host: nothing less fits; decoding has no CUDA graph")
         if task.card.like is not None:
             reasons.append(f"the time is that of a card as slow as {task.card.like}")
-        if choice.rung.weights in ("nf4", "int8", "hqq4"):
-            reasons.append(
-                f"{rung.weights} weights need the package {'hqq' if rung.weights == 'hqq4' else 'bitsandbytes'}"
-            )
+        if rung.weights in LINEAR:
+            reasons.append(f"{rung.weights} weights need packages of their own: {install_line(rung.weights)}")
         window = choice.window
         cache = "ctx_sink" if window is not None else "ctx_prefix" if task.agents > 1 else "ctx_paged"
         parts = choice.parts(context)

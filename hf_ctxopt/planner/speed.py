@@ -3,13 +3,13 @@
     time = (weights read + keys and values read) / (SHARE * bandwidth) + layers * latency
 
 A copy reaches 0.9 of an H200's data sheet. The latency is that of a layer's kernels in a replayed step, fitted to
-`benchmarks/results/gpu_decode.json` (bf16) and `gpu_fit_8gb.json` (packed weights), within 20 % of every row.
+`benchmarks/results/gpu_decode.json` (bf16) and `gpu_weights.json` (packed weights), within 20 % of every row.
 """
 
 from __future__ import annotations
 
 SHARE = 0.9
-PLAIN_LATENCY, PACKED_LATENCY = 0.13e-3, 0.20e-3  # seconds per layer, replayed
+PLAIN_LATENCY, PACKED_LATENCY = 0.09e-3, 0.13e-3  # seconds per layer, replayed
 EAGER_LATENCY = 0.62e-3  # seconds per layer where each kernel is launched from Python
 HOST_BANDWIDTH = 30e9
 

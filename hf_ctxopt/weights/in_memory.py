@@ -10,6 +10,7 @@ from torch import nn
 
 from .codecs import encode_searched
 from .config import GgufQuantConfig
+from .experts import GgufExperts, experts_part
 from .linear import GgufEmbedding, GgufLinear
 from .selection import replacement, types_of
 
@@ -23,7 +24,10 @@ def quantize_(
 
     Args:
         model: a transformers model on any device.
-        mix, include, exclude, overrides: see `GgufQuantConfig`.
+        mix: type of each tensor by llama.cpp's rules, as of `GgufQuantConfig`.
+        include: regular expressions of the modules to pack; all by default.
+        exclude: regular expressions of modules that stay as they are.
+        overrides: regular expression of module names -> block type.
 
     Returns:
         The same model; `save_pretrained` and `from_pretrained` know it from then on.
@@ -36,17 +40,30 @@ def quantize_(
     types = types_of(model, config.choice())
     shared: dict[int, nn.Parameter] = {}
     kept: list[Any] = []  # ids stay unique while the old modules' weights are alive: only tied ones are held
-    done: list[tuple[str, Any]] = []
+    done: dict[str, Any] = {}
     try:
         for name, type in types.items():
+            experts = experts_part(model, name)
+            if experts is not None:
+                owner, module, part = experts
+                if not isinstance(module, GgufExperts):
+                    done[owner], module = module, GgufExperts(module)
+                    model.set_submodule(owner, module)
+                _pack_part(done[owner], module, part, type)
+                continue
             module = model.get_submodule(name)
             new = _packed(module, type, shared, kept)
-            done.append((name, module))
+            done[name] = module
             model.set_submodule(name, new)
     except BaseException:  # an interrupt too: the model is left as it was
-        for name, old in done:
+        for name, old in done.items():
             packed = model.get_submodule(name)
-            old.weight = nn.Parameter(packed.dequantize(old.weight.dtype))
+            if isinstance(packed, GgufExperts):
+                for part in packed.block_types:
+                    dtype = getattr(old, part).dtype
+                    setattr(old, part, nn.Parameter(packed.dequantize(part, dtype)))
+            else:
+                old.weight = nn.Parameter(packed.dequantize(old.weight.dtype))
             model.set_submodule(name, old)
         model.tie_weights()
         raise
@@ -54,6 +71,13 @@ def quantize_(
     model.config.quantization_config = config
     _announce(model, config)
     return model
+
+
+def _pack_part(old: Any, new: GgufExperts, part: str, type: str) -> None:
+    """Pack one parameter of experts; the dense one, which both modules hold, is freed."""
+    weight = getattr(old, part)
+    new.pack(part, type, encode_searched(weight, type))
+    weight.data = weight.new_empty(0)
 
 
 def _packed(module: Any, type: str, shared: dict[int, nn.Parameter], kept: list[Any]) -> GgufLinear | GgufEmbedding:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError
+from ..kernels.dispatch import gguf_decoder
 from .blocks import block_type, packed_columns
 from .codecs import decode
 from .matmul import gguf_matmul
@@ -33,13 +34,21 @@ class _Packed(nn.Module):
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight, (rows, columns)."""
-        return decode(self.packed(), self.block_type, dtype)
+        return _decoded(self.packed(), self.block_type, dtype)
 
     def packed(self) -> Tensor:
         """The blocks, uint8 (rows, bytes of a row). Raises `ConfigError` while nothing is loaded."""
         if self.weight.dtype != torch.uint8:
             raise ConfigError("weight", str(self.weight.dtype), "blocks in uint8: nothing has been loaded")
         return self.weight
+
+
+def _decoded(packed: Tensor, type: str, dtype: torch.dtype) -> Tensor:
+    """`decode`, by one kernel on a GPU: its values are the same bit for bit, those of the CPU's kernel are not."""
+    fast = gguf_decoder(packed.device) if packed.is_cuda and not torch.compiler.is_compiling() else None
+    if fast is None or not packed.numel():
+        return decode(packed, type, dtype)
+    return fast(packed.view(-1, packed.shape[-1]), type, dtype).view(*packed.shape[:-1], -1)
 
 
 class GgufLinear(_Packed, nn.Linear):
@@ -90,7 +99,7 @@ class GgufEmbedding(_Packed):
 
     def forward(self, ids: Tensor) -> Tensor:
         """(...) to (..., embedding_dim)."""
-        rows = decode(self.packed()[ids], self.block_type, self.dtype)
+        rows = _decoded(self.packed()[ids], self.block_type, self.dtype)
         return rows if self.scale is None else rows * torch.tensor(self.scale, dtype=self.dtype).item()
 
     def extra_repr(self) -> str:

@@ -95,7 +95,7 @@ def _slabs(packed: Tensor, type: str, dtype: torch.dtype):  # type: ignore[no-un
     fast = gguf_decoder(packed.device)
     for first in range(0, packed.shape[0], step):
         slab = packed[first : first + step]
-        yield first, decode(slab, type, dtype) if fast is None else fast(slab, type).to(dtype)
+        yield first, decode(slab, type, dtype) if fast is None else fast(slab, type, dtype)
 
 
 def _back(grad: Tensor, packed: Tensor, type: str) -> Tensor:

@@ -8,7 +8,10 @@ from torch import Tensor
 from transformers.core_model_loading import ConversionOps
 from transformers.quantizers.quantizers_utils import get_module_from_name
 
+from ..errors import ConfigError
 from .codecs import encode_searched
+from .experts import packed_type
+from .mapped import release
 
 
 class PackOp(ConversionOps):
@@ -23,5 +26,10 @@ class PackOp(ConversionOps):
         """{pattern: weight} to {parameter: blocks}."""
         (value,) = input_dict.values()
         weight: Tensor = value[0] if isinstance(value, list) else value
-        module, _ = get_module_from_name(model, full_layer_name)
-        return {full_layer_name: encode_searched(weight, module.block_type)}
+        type = packed_type(*get_module_from_name(model, full_layer_name))
+        if type is None:
+            raise ConfigError("parameter", full_layer_name, "one that is to be packed")
+        packed = encode_searched(weight, type)
+        # Experts were put together from several tensors, whose pages this cannot give back: nobody knows them here.
+        release(weight, self.hf_quantizer.files)
+        return {full_layer_name: packed}

@@ -11,17 +11,20 @@ from transformers.quantizers.quantizers_utils import get_module_from_name
 
 from ..errors import ConfigError
 from .blocks import BLOCKS
-from .linear import GgufEmbedding, GgufLinear
-from .selection import replacement, types_of
+from .experts import packed_type
+from .mapped import real_paths
+from .selection import expect_, types_of
 
 
 class GgufQuantizer(HfQuantizer):
     """transformers' side of `GgufQuantConfig`."""
 
     requires_calibration = False
+    files: frozenset[str] = frozenset()  # what is loaded from; the loader's views of them are nobody else's
 
-    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
+    def _process_model_before_weight_loading(self, model: Any, checkpoint_files: Any = None, **kwargs: Any) -> None:
         config: Any = self.quantization_config
+        self.files = real_paths(checkpoint_files)
         if self.pre_quantized:
             if not config.types:
                 raise ConfigError("quantization_config.types", config.types, "the block type of each packed module")
@@ -31,22 +34,20 @@ class GgufQuantizer(HfQuantizer):
         else:
             config.types = types_of(model, config.choice())
         dtype = getattr(model.config, "dtype", None) or torch.get_default_dtype()
-        for name, type in config.types.items():
-            module = model.get_submodule(name)
-            with torch.device("meta"):
-                model.set_submodule(name, replacement(module, type, dtype, packed=self.pre_quantized))
+        expect_(model, config.types, dtype, packed=self.pre_quantized)
         model.config.quantization_config = config
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
         """Whether the loader must pack this parameter."""
         module, name = get_module_from_name(model, param_name)
-        return isinstance(module, GgufLinear | GgufEmbedding) and name == "weight" and not self.pre_quantized
+        return packed_type(module, name) is not None and not self.pre_quantized
 
     def param_element_size(self, model: Any, param_name: str, param: Tensor) -> float:
         """Bytes per weight, for whoever plans where modules go."""
         module, name = get_module_from_name(model, param_name)
-        if name == "weight" and isinstance(module, GgufLinear | GgufEmbedding):
-            return 1.0 if self.pre_quantized else BLOCKS[module.block_type].bits / 8
+        type = packed_type(module, name)
+        if type is not None:
+            return 1.0 if self.pre_quantized else BLOCKS[type].bits / 8
         return float(super().param_element_size(model, param_name, param))
 
     def get_quantize_ops(self) -> Any:

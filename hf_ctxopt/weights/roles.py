@@ -5,6 +5,7 @@ The mixes' rules go by these roles, as llama.cpp's go by its tensor names (`llam
 
 from __future__ import annotations
 
+import functools
 import re
 from enum import Enum
 
@@ -61,6 +62,7 @@ def _module(name: str) -> str:
     return re.sub(r"\.weight$", "", name)
 
 
+@functools.lru_cache(4096)  # a plan asks for the same names over and over
 def role(name: str) -> Role:
     """Role of the module or parameter called `name`, e.g. `model.layers.3.mlp.down_proj(.weight)`."""
     name = _module(name)
@@ -76,6 +78,7 @@ def layer_of(name: str) -> int | None:
     return None if found is None else int(found[1])
 
 
+@functools.lru_cache(4096)
 def kept(name: str) -> bool:
     """Whether `name` is never quantized, whatever its shape: a norm, a bias, a router, a short convolution."""
     return name.endswith(".bias") or _KEPT.search(_module(name)) is not None

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -12,9 +13,14 @@ from transformers.pytorch_utils import Conv1D
 
 from ..errors import ConfigError
 from .blocks import BLOCKS, packed_columns
+from .experts import PARTS, GgufExperts, experts_part, is_experts
 from .linear import GgufEmbedding, GgufLinear
 from .mixes import MIXES, tensor_type
+from .roles import kept
 from .sizes import shape_of
+
+logger = logging.getLogger(__name__)
+STACK = 1 << 20  # weights of a parameter of three dimensions that is worth a word
 
 
 @dataclass(frozen=True)
@@ -76,17 +82,16 @@ def is_embedding(module: nn.Module) -> bool:
 
 
 def types_of(model: nn.Module, choice: Choice) -> dict[str, str]:
-    """Module name -> block type of every module that `choice` packs; a tied head gets its embedding's.
+    """Name -> block type of what `choice` packs: modules, a tied head as its embedding; and experts' parameters.
 
     Raises:
         ConfigError: an override's type does not fit a module's columns.
     """
     shape = shape_of(model.config)
     found: dict[str, str] = {}
-    for name, module in model.named_modules():
-        if not (is_linear(module) or is_embedding(module)) or not choice.wants(name):
+    for name, size in _candidates(model):
+        if not choice.wants(name):
             continue
-        size = tuple(module.weight.shape)
         forced = choice.override(name)
         if forced is not None:
             packed_columns(size[-1], forced)
@@ -95,7 +100,56 @@ def types_of(model: nn.Module, choice: Choice) -> dict[str, str]:
             found[name] = kind
     if shape.tied:
         _share(model, found)
+    _tell_of_stacks(model, choice, found)
     return found
+
+
+def _tell_of_stacks(model: nn.Module, choice: Choice, found: Mapping[str, str]) -> None:
+    """Log the experts that stay dense because their layout is not `experts.py`'s: they are most of a mixture."""
+    left = {
+        name: part.numel() * part.element_size()
+        for name, part in model.named_parameters()
+        if part.dim() == 3 and part.numel() >= STACK and name not in found and not kept(name) and choice.wants(name)
+    }
+    if left:
+        logger.warning(
+            "%d parameters of three dimensions stay dense, %.2f GB: %s …",
+            len(left), sum(left.values()) / 1e9, next(iter(left)),
+        )  # fmt: skip
+
+
+def _candidates(model: nn.Module) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """(name, shape of the weight) of what could be packed."""
+    for name, module in model.named_modules():
+        if is_linear(module) or is_embedding(module):
+            yield name, tuple(module.weight.shape)
+        elif is_experts(module):
+            yield from ((f"{name}.{part}", tuple(getattr(module, part).shape)) for part in PARTS)
+
+
+def expect_(model: nn.Module, types: Mapping[str, str], dtype: torch.dtype, packed: bool) -> None:
+    """Put empty packed modules on the meta device in the places that `types` names, for a loader to fill.
+
+    Args:
+        model: changed in place.
+        types: from `types_of`.
+        dtype: of what embeddings give.
+        packed: see `linear.py`.
+
+    Raises:
+        ConfigError: columns that do not fit a type's block.
+    """
+    for name, type in types.items():
+        experts = experts_part(model, name)
+        with torch.device("meta"):
+            if experts is not None:
+                owner, module, part = experts
+                if not isinstance(module, GgufExperts):
+                    module = GgufExperts(module)
+                    model.set_submodule(owner, module)
+                module.expect(part, type, packed)
+            else:
+                model.set_submodule(name, replacement(model.get_submodule(name), type, dtype, packed))
 
 
 def _share(model: nn.Module, found: dict[str, str]) -> None:

@@ -209,7 +209,7 @@ def test_a_model_that_takes_numbers_from_the_host_is_found_out(
     assert torch.allclose(*logits, rtol=1e-4, atol=1e-4)
     counted = caches[-1].stats()["graph"]
     assert counted["replays"] == counted["captures"], counted  # only those of the captured steps themselves
-    assert counted["eager: the replayed step's logits differ from the eager ones"] >= 2, counted
+    assert sum(counted[key] for key in counted if "the replayed step's logits differ" in key) >= 2, counted
 
 
 def test_options_are_checked() -> None:

@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import hf_ctxopt
 from hf_ctxopt import ConfigError, CtxoptError, Plan
 from hf_ctxopt.integration import generate, load, planned
+from hf_ctxopt.integration.packing import loading_config
 from hf_ctxopt.integration.record import record_of
 from hf_ctxopt.planner import hardware
 from hf_ctxopt.planner.hardware import Device
@@ -199,7 +200,7 @@ def test_parts_on_the_host_stay_there(folder: Path) -> None:
 
 
 def test_embeddings_on_the_host_are_not_packed(folder: Path) -> None:
-    options = load._quantization("Q8_0", [load._pattern(load._PARTS["embedding"])], torch.bfloat16)
+    options = loading_config("Q8_0", [load._pattern(load._PARTS["embedding"])], torch.bfloat16)
     model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=options)
     assert type(model.get_input_embeddings()) is torch.nn.Embedding
     assert isinstance(model.get_output_embeddings(), GgufLinear)
