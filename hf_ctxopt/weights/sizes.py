@@ -38,7 +38,7 @@ def meta_model(config: Any) -> nn.Module:
     import torch
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM
 
-    kinds = (AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM)
+    kinds: tuple[Any, ...] = (AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM)
     kind = next((kind for kind in kinds if type(config) in kind._model_mapping), AutoModelForCausalLM)
     with torch.device("meta"):
         model: nn.Module = kind.from_config(config)
