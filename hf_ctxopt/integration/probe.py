@@ -200,9 +200,12 @@ def probe(model: nn.Module, prompt: Any, *, tokenizer: Any = None, answer: int =
 
 
 def candidates(tokens: int) -> tuple[int, ...]:
-    """Windows to measure with a prompt: powers of two from `LEAST_WINDOW`, and 1.5 times these."""
+    """Windows to measure with a prompt: powers of two from `LEAST_WINDOW`, and 1.5 times these.
+
+    At most half of the prompt: of a longer window it would say little that as good as everything was inside.
+    """
     powers = (LEAST_WINDOW << step for step in range(32))
-    return tuple(w for power in powers for w in (power, power * 3 // 2) if SINKS + w < tokens - LAST)
+    return tuple(w for power in powers for w in (power, power * 3 // 2) if SINKS + w <= tokens // 2)
 
 
 def token_ids(prompt: Any, tokenizer: Any = None) -> Tensor:
