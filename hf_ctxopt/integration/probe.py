@@ -54,6 +54,7 @@ class _Layer:
             self.seen = torch.zeros(tokens, device=device)  # how many they are
             self.text, self.counted = torch.zeros(windows), torch.zeros(windows)
             self.answer, self.sought = torch.zeros(windows), torch.zeros(windows)
+        self.rows = 0  # queries of the answer's side, once for each call: a layer may split its heads in two
         self.errors: dict[tuple[str, int], float] = {}
 
 
@@ -95,6 +96,7 @@ class _Watch:
         layer = self.layers[index]
         places = torch.arange(self.read, self.read + queries, device=call.query.device)
         if self.read >= self.tokens - self.last:
+            layer.rows += queries
             self._answer(layer, call, places, offset)
             if self.read + queries == self.tokens:
                 self._quantize(layer, call)
@@ -139,11 +141,11 @@ class _Watch:
         for index, layer in sorted(self.layers.items()):
             groups.setdefault(_own_window(cache, index), []).append(layer)
         queries = self.read - (self.tokens - self.last)
-        found = tuple(_group(window, layers, queries) for window, layers in groups.items())
+        found = tuple(_group(window, layers) for window, layers in groups.items())
         return Needs(tokens=self.tokens, queries=queries, sinks=SINKS, windows=self.windows, groups=found)
 
 
-def _group(window: int | None, layers: list[_Layer], queries: int) -> GroupNeeds:
+def _group(window: int | None, layers: list[_Layer]) -> GroupNeeds:
     def mean(parts: list[Tensor]) -> tuple[float, ...]:
         return tuple(torch.stack(parts).mean(0).tolist())
 
@@ -153,8 +155,8 @@ def _group(window: int | None, layers: list[_Layer], queries: int) -> GroupNeeds
     }
     return GroupNeeds(
         layers=len(layers), window=window, text=mean([layer.text / layer.counted.clamp_min(1) for layer in layers]),
-        answer=mean([layer.answer / queries for layer in layers]),
-        sought=mean([layer.sought / queries for layer in layers]),
+        answer=mean([layer.answer / layer.rows for layer in layers]),
+        sought=mean([layer.sought / layer.rows for layer in layers]),
         key_errors=errors["k"], value_errors=errors["v"],
     )  # fmt: skip
 
@@ -220,9 +222,10 @@ def token_ids(prompt: Any, tokenizer: Any = None) -> Tensor:
         if not prompt.strip():
             raise ConfigError("probe", prompt, "a prompt that is not empty")
         prompt = tokenizer(prompt)["input_ids"]
-    if not isinstance(prompt, Tensor) and not (
-        isinstance(prompt, Sequence) and all(isinstance(token, int) for token in prompt)
-    ):
+    numbers = (
+        isinstance(prompt, Sequence) and not isinstance(prompt, bytes) and all(isinstance(i, int) for i in prompt)
+    )
+    if not isinstance(prompt, Tensor) and not numbers:
         raise ConfigError("probe", type(prompt).__name__, "text, a list of token ids, or a tensor (1, tokens)")
     ids = torch.as_tensor(prompt, dtype=torch.long)
     ids = ids[None] if ids.dim() == 1 else ids
