@@ -1,9 +1,9 @@
 """Whether the measured needs of a prompt tell what a window does to its answer.
 
 Five prompts on one model: for each window, what of the answer's attention lies outside and what of it seeks single
-tokens (`planner/needs.py`), beside the KL divergence of the answer's first tokens, read with `ctx_sink` of that window,
-from those read with everything kept. The bounds of `planner/needs.py` are to part the prompts whose answers change from
-those whose answers do not.
+tokens (`planner/needs.py`), beside the KL divergence of the answer's first tokens, read with `ctx_sink` of that
+window, from those read with everything kept. The bounds of `planner/needs.py` are to part the prompts whose answers
+change from those whose answers do not.
 """
 
 from __future__ import annotations
