@@ -12,7 +12,7 @@ from rich.table import Table
 
 from hf_ctxopt.cli import console
 from hf_ctxopt.cli.options import parse_bits
-from hf_ctxopt.errors import ConfigError, DoesNotFitError
+from hf_ctxopt.errors import ConfigError, CtxoptError, DoesNotFitError
 
 if TYPE_CHECKING:
     from hf_ctxopt.planner.facts import ModelFacts
@@ -130,8 +130,11 @@ def _needs(model: str, file: Path | None, instruct: bool) -> Needs | None:
     from hf_ctxopt.cli.turns import encode, first_prompt
     from hf_ctxopt.integration.probe import probe
 
-    with console.progress(f"Loading {model}"):
-        loaded, tokenizer = load_model(str(Path(model).parent) if Path(model).name == "config.json" else model)
+    try:
+        with console.progress(f"Loading {model}"):
+            loaded, tokenizer = load_model(str(Path(model).parent) if Path(model).name == "config.json" else model)
+    except CtxoptError as error:
+        raise CtxoptError(f"measuring a prompt takes the model's weights and tokenizer: {error}") from error
     ids = encode(tokenizer, first_prompt(tokenizer, text), False) if instruct else encode(tokenizer, text, True)
     with console.progress(f"Reading {ids.shape[1]:,} tokens"):
         return probe(loaded, ids)

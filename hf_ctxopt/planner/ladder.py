@@ -73,7 +73,7 @@ def ladder(weights: str | Sequence[str] | None, kv_bits: tuple[int, int] | None)
     given = WEIGHTS if weights is None else (weights,) if isinstance(weights, str) else tuple(weights)
     for scheme in given:
         if scheme not in (LOADED, *SCHEMES):
-            raise ConfigError("weights", scheme, f"of {', '.join(SCHEMES)}")
+            raise ConfigError("weights", scheme, f"one or several of {', '.join(SCHEMES)}")
     if not given:
         raise ConfigError("weights", given, "at least one scheme")
     schemes = sorted(given, key=_BEST_FIRST.index)

@@ -119,7 +119,8 @@ def test_families(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if name in ("diffllama", "doge", "gpt_oss"):  # eager attention returns other weights there, or fewer
         return
     eager: Any = build(name, attn="eager")
-    weights = eager(IDS, output_attentions=True).attentions
+    with torch.no_grad():
+        weights = eager(IDS, output_attentions=True).attentions
     expected: dict[int | None, list[float]] = {}
     layers = DynamicCache(config=model.config).layers
     for index, row in enumerate(weights):
