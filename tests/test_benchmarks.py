@@ -246,3 +246,20 @@ def test_least_squares_against_a_known_line(script) -> None:
     times = script("agent_times")
     assert times.least_squares([1, 2, 3], [5, 7, 9]) == pytest.approx((2, 3, 1))
     assert times.least_squares([0, 1, 2, 3], [0, 1, 1, 0])[2] == pytest.approx(0)
+
+
+def test_a_session_under_pressure_finishes_with_the_monitor_only(script, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS / "gpu"))
+    script("pressure").main(["--tiny", "--out", str(tmp_path / "pressure.json")])
+    result = json.loads((tmp_path / "pressure.json").read_text(encoding="utf-8"))
+    static, monitored = result["static"], result["monitored"]
+    assert not static["finished"]
+    assert "CacheFullError" in static["ended"]
+    assert monitored["finished"]
+    assert monitored["finite"]
+    assert monitored["tokens"] >= 1700 > static["tokens"] == static["seen"] + 1
+    assert [event["action"] for event in monitored["events"]] == ["seal_colder", "seal_colder"]
+    assert [turn["kv_bits"]["k"] for turn in monitored["turns"]] == sorted(
+        (turn["kv_bits"]["k"] for turn in monitored["turns"]), reverse=True
+    )
+    assert result["environment"]["seed"] == 0

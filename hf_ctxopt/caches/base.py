@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -15,6 +16,8 @@ from ..pages.arena import Arena
 from ..pages.budget import Budget
 from ..pages.group import LayerGroup
 from ..pages.integrity import check
+from ..pages.requantize import requantize
+from ..pages.sealed import Codecs
 from ..policies.sink_window import SinkWindow
 from .context import CacheContext, debugging
 from .layer import PageLayer
@@ -129,6 +132,7 @@ class PageCache(DynamicCache, ABC):
             "steps": {route: self.context.steps[route] for route in ("fused", "dense")},
             "fallbacks": dict(self.context.fallbacks),
             "graph": dict(self.context.graph),
+            "relief": dict(self.context.relief),
             "groups": groups,
         }
 
@@ -163,6 +167,37 @@ class PageCache(DynamicCache, ABC):
             group.crop(group.seen - seen)
         self.context.ledger.crop(seen)
 
+    def requantize(self, kv_bits: int | Mapping[str, int]) -> int:
+        """Store the full pages with fewer bits from now on, those of the text so far too; the others stay as they are.
+
+        It needs room for one layer's new keys or values. Not to be undone: what fewer bits do not say is gone.
+
+        Args:
+            kv_bits: as in `PageOptions`, for each of K and V at most what it has.
+
+        Returns:
+            Bytes that were given back.
+
+        Raises:
+            ConfigError: more bits than pages have, bits that the head size does not allow, or a prefix store's pages,
+                which other texts use too. Nothing has changed.
+            InterruptedStepError: a forward pass stopped between two layers; call `settle()` before.
+            torch.OutOfMemoryError: there is no room. The cache can be read on, and this be called again.
+        """
+        options = replace(self.options, kv_bits=kv_bits)
+        wanted = [options.codecs(None if g.policy.most_held is None else g.policy.sinks) for g in self.groups]
+        for group, codecs in zip(self.groups, wanted, strict=True):
+            _check_requantize(group, codecs, kv_bits)
+        before = self.nbytes
+        self.context.forget_graph()
+        self.context.decoders.clear()
+        for group, codecs in zip(self.groups, wanted, strict=True):
+            if codecs is not None and (group.codecs != codecs or group.arena.uneven):
+                requantize(group, codecs)
+        self.options = options
+        self.context.relieve(f"full pages are stored with {kv_bits} bits")
+        return before - self.nbytes
+
     def crop(self, tokens_to_remove: int) -> None:
         """Take the last `-tokens_to_remove` tokens back, in all layers or, if that is impossible, in none.
 
@@ -189,6 +224,23 @@ _PAGED = (DynamicLayer, DynamicSlidingWindowLayer)
 def window_of(layer: Any) -> int | None:
     """The sliding window of one of transformers' own dynamic layers; `None` for full attention."""
     return int(layer.sliding_window) if type(layer) is DynamicSlidingWindowLayer else None
+
+
+def _check_requantize(group: LayerGroup, codecs: Codecs | None, kv_bits: Any) -> None:
+    """Raise unless the group's pages can be stored by `codecs` (`None`: 16 bits)."""
+    if group.plan is not None:
+        raise InterruptedStepError(
+            "an earlier forward pass stopped between two layers; call cache.settle() before its pages are re-encoded"
+        )
+    if group.arena.shared:
+        raise ConfigError("kv_bits", kv_bits, "unchanged: other texts read the pages of a prefix store")
+    held = (16, 16) if group.codecs is None else (group.codecs.keys.bits, group.codecs.values.bits)
+    asked = (16, 16) if codecs is None else (codecs.keys.bits, codecs.values.bits)
+    if any(new > old for new, old in zip(asked, held, strict=True)):
+        raise ConfigError("kv_bits", kv_bits, f"at most {held[0]} for K and {held[1]} for V, which the pages have")
+    if codecs is not None:
+        for storage in group.storages.values():
+            codecs.check(storage.keys, storage.values)
 
 
 def _group_stats(group: LayerGroup) -> dict[str, Any]:

@@ -43,6 +43,7 @@ class CacheContext:
         steps: steps begun by each route.
         fallbacks: detours from the fused route, by reason.
         graph: captures and replays of decode graphs, and steps that ran without one, by reason.
+        relief: what was done about a lack of memory, by what it was.
         not_reused: prompts that were computed although a store could have had them, by reason.
         decoders: device state of one-token steps, by group and device.
         captured: the decode graph of this cache, if there is one (see `integration/decode_graph.py`).
@@ -58,6 +59,7 @@ class CacheContext:
     steps: Counter[str] = field(default_factory=Counter)
     fallbacks: Counter[str] = field(default_factory=Counter)
     graph: Counter[str] = field(default_factory=Counter)
+    relief: Counter[str] = field(default_factory=Counter)
     not_reused: Counter[str] = field(default_factory=Counter)
     decoders: dict[tuple[LayerGroup, torch.device], DecodeState] = field(default_factory=dict)
     captured: Any = None
@@ -71,7 +73,7 @@ class CacheContext:
         memo.setdefault(id(self.config), self.config)
         twin = CacheContext(memo[id(self.config)])
         memo[id(self)] = twin
-        for name in ("ledger", "groups", "steps", "fallbacks", "graph", "not_reused", "decoders"):
+        for name in ("ledger", "groups", "steps", "fallbacks", "graph", "relief", "not_reused", "decoders"):
             setattr(twin, name, copy.deepcopy(getattr(self, name), memo))
         return twin
 
@@ -91,6 +93,10 @@ class CacheContext:
     def stay_eager(self, reason: str) -> None:
         """Count a one-token step that no decode graph replays, and log each reason once per process."""
         self._note(self.graph, f"eager: {reason}", "no decode graph: %s")
+
+    def relieve(self, what: str) -> None:
+        """Count what was done about a lack of memory, and log each kind once per process."""
+        self._note(self.relief, what, "memory ran short: %s")
 
     def compute_all(self, reason: str) -> None:
         """Count a prompt that no store was asked about, and log each reason once per process."""

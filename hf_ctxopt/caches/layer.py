@@ -17,7 +17,6 @@ from ..pages.carry_out import carry_out, prepare
 from ..pages.group import LayerGroup
 from ..pages.integrity import check
 from ..pages.plan import StepPlan
-from ..pages.rows import Stretch
 from .context import CacheContext, NotReplayable, debugging
 from .decode import DecodeState
 from .handle import KVHandle
@@ -110,9 +109,9 @@ class PageLayer(CacheLayerMixin):
         )  # fmt: skip
         if not plan.in_place:
             view.old = [[(stretch, *storage.read(stretch, copy=True)) for stretch in row.before] for row in plan.rows]
-        for fill in plan.fills:
-            held = Stretch(fill.page * group.page_size, 0, group.page_size - fill.length)
-            view.begun[fill.row] = storage.read(held, copy=True)
+        if plan.fills:
+            begun = group.keep_begun(plan, self.index)
+            view.begun = {fill.row: begun[fill.sealed] for fill in plan.fills}
         fused = self.context.fused
         view.decode = self._decode_state(plan, key_states) if fused else None
         if view.decode is None:

@@ -102,7 +102,9 @@ def decode_state(context: CacheContext, group: LayerGroup, plan: StepPlan, stora
         kernels = decode_kernels(device)
         if kernels is None:
             raise NotReplayable(why_not(device) or "there are no kernels")
-        why = refusal(storage.keys, storage.codec_bits)
+        # Layers differ where re-encoding was cut short (see `requantize.py`).
+        asked = list(group.storages.values()) if group.arena.uneven else [storage]
+        why = next((why for each in asked if (why := refusal(each.keys, each.codec_bits)) is not None), None)
         if why is not None:
             raise NotReplayable(why)
         if any(len(row.gaps) > 1 for row in plan.rows):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -160,4 +161,7 @@ def _chunk(model: Any, generation_config: Any, cache: PageCache, prompt: int | N
 def _planned_chunk(model: Any, cache: PageCache) -> int | None:
     """The prefill chunk of the plan that the model was patched with, if the cache is that plan's."""
     record = record_of(model)
-    return record.chunk if record is not None and record.options == cache.options else None
+    if record is None:
+        return None
+    # Pages may have been stored with fewer bits since (`PageCache.requantize`).
+    return record.chunk if record.options == replace(cache.options, kv_bits=record.options.kv_bits) else None

@@ -125,8 +125,9 @@ def refusal(model: nn.Module) -> str | None:
 
 
 def harmless(hook: Any) -> bool:
-    """Our own hook, or one of those that transformers leaves behind and that wait for somebody to ask for outputs."""
-    return hook is rebase_positions or getattr(hook, "__module__", None) == OUTPUT_HOOKS
+    """Our own hooks, or one of those that transformers leaves behind and that wait for somebody to ask for outputs."""
+    ours = hook is rebase_positions or getattr(hook, "outside_graphs", False)
+    return ours or getattr(hook, "__module__", None) == OUTPUT_HOOKS
 
 
 def _stays(hook: Any, devices: set[str]) -> bool:

@@ -7,6 +7,7 @@ makes it feed only the rest of the prompt. What a hit is, and where none is soug
 from __future__ import annotations
 
 import functools
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,13 +24,14 @@ from .chunking import chunk_size
 from .compat import cache_argument, cache_in, generate_argument
 from .fingerprint import fingerprint
 from .generate import only_text, slices_chunks
+from .halving import out_of_memory, read_halving
 from .positions import padding_of
 
 Method = Callable[..., Any]
 
 
 def wrap_prefill(original: Method) -> Method:
-    """`GenerationMixin._prefill`, with what a prefix store has put into the cache first."""
+    """`GenerationMixin._prefill`, with what a prefix store has put into the cache first, and as `halving.py` says."""
 
     @functools.wraps(original)
     def prefill(
@@ -37,14 +39,15 @@ def wrap_prefill(original: Method) -> Method:
     ) -> Any:
         cache = attention_cache(cache_in(model_kwargs))
         if not isinstance(cache, PrefixCache):
-            return original(self, input_ids, generation_config, model_kwargs, *args, **kwargs)
+            return read_halving(original, self, input_ids, generation_config, model_kwargs, *args, **kwargs)
         prompt = _prompt(self, cache, input_ids, model_kwargs)
         if prompt is not None and not cache.get_seq_length():
             reuse(self, cache, prompt, generation_config)
         if prompt is None:
-            return original(self, input_ids, generation_config, model_kwargs, *args, **kwargs)
+            return read_halving(original, self, input_ids, generation_config, model_kwargs, *args, **kwargs)
         with kept_whole(cache):
-            outputs = original(self, input_ids, generation_config, model_kwargs, *args, **kwargs)
+            outputs = read_halving(original, self, input_ids, generation_config, model_kwargs, *args, **kwargs)
+            cache.texts = prompt.texts  # a chunk that was taken back has shortened them
             for row, text in enumerate(prompt.texts):
                 cache.keep(row, text)
         return outputs
@@ -244,7 +247,10 @@ def _unique(texts: Sequence[list[int]], found: Sequence[Found]) -> int:
 
 
 def warm(model: Any, cache: PrefixCache, text: list[int], chunk: int | None, prompt: Prompt) -> int:
-    """Compute one row's whole pages that the store lacks, by a cache of its own; returns the tokens computed."""
+    """Compute one row's whole pages that the store lacks, by a cache of its own; returns the tokens computed.
+
+    Where memory runs out, those that are computed by then stay.
+    """
     size = cache.store.page_size
     goal = (len(text) - 1) // size * size
     (found,) = cache.find([text])
@@ -268,6 +274,14 @@ def warm(model: Any, cache: PrefixCache, text: list[int], chunk: int | None, pro
             with kept_whole(single):
                 model(input_ids=ids, **typed, **call)
                 single.keep(0, text[:stop])
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        traceback.clear_frames(error.__traceback__)
+        cache.context.relieve(
+            "memory ran out while a prefix was computed ahead of its batch, which goes on without it"
+        )
+        return at - start
     finally:
         single.release()
     return goal - start

@@ -7,6 +7,7 @@ captured launch serves growing lengths. `paged_triton.decode` takes the same arg
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -79,6 +80,8 @@ def refusal(raw_keys: Tensor, bits: tuple[int, int] | None) -> str | None:
     Args:
         raw_keys: `(kv_heads, pages, page_size, key_dim)`.
         bits: of sealed K and V; `None` where pages are never sealed.
+
+    Consumer cards give a program 99 KiB of shared memory, a T4 64 KiB.
     """
     if raw_keys.shape[2] not in PAGE_SIZES:
         return f"page_size {raw_keys.shape[2]} is not one of {PAGE_SIZES}"
@@ -86,7 +89,26 @@ def refusal(raw_keys: Tensor, bits: tuple[int, int] | None) -> str | None:
         return f"{raw_keys.dtype} states"
     if bits is not None and any(part not in (8, 4, 2) for part in bits):
         return f"K at {bits[0]} and V at {bits[1]} bits: both or none must be quantized"
+    room, needed = shared_room(raw_keys.device), tile_bytes(raw_keys)
+    if room is not None and needed > room:
+        size, dim = raw_keys.shape[2:]
+        return f"pages of {size} tokens with {dim} channels need {needed >> 10} KiB of a program's {room >> 10} KiB"
     return None
+
+
+def tile_bytes(raw_keys: Tensor) -> int:
+    """Shared memory of a program: a page of K and one of V, channels padded, and what is merged there. Compiled for
+    compute capability 8.9, every head and page size needs this or less (of 140 KiB for pages of 128, heads of 192)."""
+    size, dim = raw_keys.shape[2:]
+    return 2 * size * (1 << (dim - 1).bit_length()) * raw_keys.element_size() + (16 << 10)
+
+
+@cache
+def shared_room(device: torch.device) -> int | None:
+    """Bytes of shared memory that one program may have; `None` where that is not known."""
+    if device.type != "cuda":
+        return None
+    return getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", None)
 
 
 def variants_of(rows: Tensor) -> int:

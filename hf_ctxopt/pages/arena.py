@@ -56,6 +56,7 @@ class Arena:
 
     Attributes:
         storage_version: grows whenever a layer's storage lies elsewhere.
+        uneven: whether layers may store their sealed pages differently: re-encoding them was cut short.
         listings: whoever lists pages.
         reclaim: asked for so many pages when the budget has no room for a step; returns whether it freed any.
     """
@@ -67,6 +68,7 @@ class Arena:
         self.pool, self.sealed = PagePool(), PagePool(first=SEALED)
         self.storages: dict[int, LayerStorage] = {}
         self.storage_version = 0
+        self.uneven = False
         self.listings: list[Listing] = []
         self.reclaim: Callable[[int], bool] | None = None
         self._left: deque[Listing] = deque()

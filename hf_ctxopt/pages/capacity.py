@@ -137,7 +137,7 @@ def compact_open(arena: Arena, capacity: int) -> None:
     for layer, (keys, values) in smaller.items():
         arena.storages[layer].keys, arena.storages[layer].values = keys, values
     arena.pool = PagePool(capacity)
-    _renumber(arena, {page: i for i, page in enumerate(order)})
+    renumber(arena, {page: i for i, page in enumerate(order)})
     arena.pool.rebuild(arena.holders()[0])
 
 
@@ -153,10 +153,11 @@ def _compact_sealed(arena: Arena, capacity: int) -> None:
         for part, (codes, scales) in zip(arena.storages[layer].parts, parts, strict=True):
             part.codes, part.scales = codes, scales
     arena.sealed = PagePool(capacity, first=SEALED)
-    _renumber(arena, {page: SEALED + i for i, page in enumerate(order)})
+    renumber(arena, {page: SEALED + i for i, page in enumerate(order)})
     arena.sealed.rebuild(arena.holders()[1])
 
 
-def _renumber(arena: Arena, places: dict[int, int]) -> None:
+def renumber(arena: Arena, places: dict[int, int]) -> None:
+    """Tell everybody who lists pages that some have moved, all at once."""
     for listing in arena.listings:
         listing.renumber(places)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .plan import StepPlan
+from .plan import Fill, StepPlan
+from .rows import Stretch
 from .storage import LayerStorage
 
 
@@ -44,6 +45,12 @@ def write(plan: StepPlan, storage: LayerStorage, keys: Tensor, values: Tensor) -
     for part in plan.writes:
         columns = slice(part.column, part.column + part.length)
         storage.write(keys[part.row, :, columns], values[part.row, :, columns], part.slot)
+
+
+def begun_tokens(fill: Fill, storage: LayerStorage) -> tuple[Tensor, Tensor]:
+    """Copies of the K and V `(kv_heads, tokens, head_dim)` that a begun page holds before the step fills it."""
+    size = storage.page_size
+    return storage.read(Stretch(fill.page * size, 0, size - fill.length), copy=True)
 
 
 def take_back(plan: StepPlan, layer: int, storage: LayerStorage) -> None:

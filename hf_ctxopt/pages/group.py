@@ -19,7 +19,7 @@ from ..errors import ConfigError, InterruptedStepError
 from .arena import Arena, Table
 from .begin import begin
 from .budget import Budget
-from .carry_out import take_back
+from .carry_out import begun_tokens, take_back
 from .holes import Evictor, leaving
 from .plan import StepPlan, StepRequest
 from .pool import PagePool
@@ -68,6 +68,10 @@ class LayerGroup:
         recording: steps must stay revocable: nothing is evicted or sealed that a step may have to bring back.
         evictor: names pages to drop when a budget is full; `None` where the policy's window says it all.
         keeping: all pages of a step stay until the next one begins, whatever the window.
+        guarded: copies of what a step encodes of begun pages stay until the next one begins, so that taking the step
+            back loses nothing even where it has gone through every layer.
+        begun: those copies, by layer and sealed page, K and V `(kv_heads, tokens, head_dim)`; otherwise they are
+            there for as long as the step takes.
         headroom: least number of sealed pages that growth adds at once; larger for whoever must not see it often.
     """
 
@@ -95,7 +99,8 @@ class LayerGroup:
         self.progress: dict[int, int] = dict.fromkeys(self.layers, 0)
         self.seen = 0
         self.evicted_pages = 0
-        self.recording = self.keeping = False
+        self.recording = self.keeping = self.guarded = False
+        self.begun: dict[int, dict[int, tuple[Tensor, Tensor]]] = {}
         self.evictor: Evictor | None = None
         self.request: StepRequest | None = None  # what was admitted for the coming step (see `admission.py`)
         self.plan: StepPlan | None = None
@@ -199,6 +204,7 @@ class LayerGroup:
             InterruptedStepError: an earlier step stopped between two layers.
         """
         if self.progress[layer] == self.seen and self.request is not None:
+            self.begun = {}
             self.plan = begin(self, self.request)
         plan = self.plan
         if plan is None or self.progress[layer] != plan.seen or keys.shape[-2] != plan.queries:
@@ -218,16 +224,28 @@ class LayerGroup:
                 raise
         return plan
 
+    def keep_begun(self, plan: StepPlan, layer: int) -> dict[int, tuple[Tensor, Tensor]]:
+        """Copies of what the layer's begun pages hold before the step encodes them, by sealed page; made once."""
+        kept = self.begun.setdefault(layer, {})
+        if not kept and layer not in plan.encoded:
+            kept.update((fill.sealed, begun_tokens(fill, self.storages[layer])) for fill in plan.fills)
+        return kept
+
     def finish(self, layer: int) -> None:
         """The layer has stored its new tokens."""
         self.progress[layer] = self.seen
         if all(seen == self.seen for seen in self.progress.values()):
-            self.plan = None
+            self._end_step()
 
     def finish_all(self) -> None:
         """All layers have stored their new tokens."""
         self.progress = dict.fromkeys(self.layers, self.seen)
+        self._end_step()
+
+    def _end_step(self) -> None:
         self.plan = None
+        if not self.guarded:
+            self.begun = {}
 
     def wanted_pages(self, end: int, lower: int) -> tuple[range, range]:
         """Logical pages that hold the sinks, and those that hold the tokens `[lower, end)`."""
@@ -347,6 +365,7 @@ class LayerGroup:
             )
         for layer, at in self.progress.items():
             if at < self.seen and layer in self.storages:  # the table lists these pages, so every layer needs them
+                self.keep_begun(plan, layer)
                 take_back(plan, layer, self.storages[layer])
         rewind(self, plan.seen)
         if not plan.seen:
@@ -367,5 +386,5 @@ class LayerGroup:
 
     def set_seen(self, seen: int) -> None:
         """The group has so many columns, and no step is under way."""
-        self.seen, self.plan, self.request = seen, None, None
+        self.seen, self.plan, self.request, self.begun = seen, None, None, {}
         self.progress = {layer: seen if at else 0 for layer, at in self.progress.items()}

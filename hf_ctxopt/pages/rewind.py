@@ -37,8 +37,11 @@ def rewind(group: LayerGroup, seen: int) -> None:
             group.pool.share([reopened[page]])
         else:
             reopened[page] = group.pool.take(1)[0]
-            for storage in group.storages.values():
+            for layer, storage in group.storages.items():
                 storage.reopen(page, reopened[page])
+                begun = group.begun.get(layer, {}).get(page)
+                if begun is not None:  # what was written before it was encoded loses nothing
+                    storage.write(*begun, reopened[page] * size)
         group.replace(row, logical, reopened[page])
     group.set_seen(seen)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -65,6 +66,15 @@ class SealedPart:
             scales = codec.scale_shape(page_size, head_dim)
             self.scales = like.new_zeros((heads, capacity, *scales), dtype=torch.float16)
 
+    @classmethod
+    def of_states(cls, states: Tensor) -> SealedPart:
+        """All pages of `(kv_heads, pages, page_size, head_dim)` as they are, at 16 bits, without a copy."""
+        heads, _, page_size, head_dim = states.shape
+        part = cls(Codec(16, over_tokens=True), states.new_empty(1, heads, 0, head_dim), page_size, 0)
+        part.codes = states
+        part.scales = part.scales.new_empty((heads, states.shape[1], *part.scales.shape[2:]))
+        return part
+
     @property
     def tensors(self) -> list[Tensor]:
         """What is held."""
@@ -80,6 +90,20 @@ class SealedPart:
             new[:, : kept.shape[1]] = kept
             grown.append(new)
         return grown[0], grown[1]
+
+    def recoded(self, codec: Codec, turn: Callable[[Tensor], Tensor]) -> SealedPart:
+        """The same pages in another codec, piece by piece; this part stays as it is.
+
+        Args:
+            codec: how they are stored then.
+            turn: brings states into the basis that they are stored in then.
+        """
+        heads, capacity, page_size, _ = self.codes.shape
+        head_dim = self.codes.shape[-1] * self.codec.planes
+        made = SealedPart(codec, self.codes.new_empty((1, heads, 0, head_dim), dtype=self.dtype), page_size, capacity)
+        for first in range(0, capacity, _PIECE):
+            made.write(first, turn(self._decode(first, min(first + _PIECE, capacity))))
+        return made
 
     def write(self, page: int, states: Tensor) -> None:
         """Encode `(kv_heads, pages, page_size, head_dim)` into neighbouring pages from `page` on."""

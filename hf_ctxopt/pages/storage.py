@@ -7,6 +7,8 @@ every head: a stretch of them is a plain `(kv_heads, tokens, head_dim)` view, re
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -146,6 +148,34 @@ class LayerStorage:
     def compacted_sealed(self, pages: list[int], capacity: int) -> list[tuple[Tensor, Tensor]]:
         """Codes and scales of K and of V for `capacity` sealed pages that begin with copies of the listed ones."""
         return [part.moved([page - SEALED for page in pages], capacity) for part in self.parts]
+
+    def close_all(self, pages: int, keys: Tensor, values: Tensor, codecs: Codecs) -> None:
+        """Take the first open pages for sealed ones of the same numbers, without a copy; others become the open ones.
+
+        Args:
+            pages: how many.
+            keys: the new open pages' keys, `(kv_heads, pages, page_size, key_dim)` (see `compacted`).
+            values: their values.
+            codecs: of 16 bits.
+        """
+        self.parts = [SealedPart.of_states(states[:, :pages]) for states in (self.keys, self.values)]
+        self.keys, self.values, self.codecs = keys, values, codecs
+
+    def recode(self, codecs: Codecs) -> None:
+        """Store the sealed pages, K and then V, by other codecs, and the open ones in their basis.
+
+        An allocation that fails leaves a part as it was; the one before has changed, and both can be read.
+        """
+        for at, (name, turns) in enumerate((("keys", "rotate_keys"), ("values", "rotate_values"))):
+            held, codec, stored = self.codecs, getattr(codecs, name), getattr(self, name)
+            if held is None or (getattr(held, name), getattr(held, turns)) == (codec, getattr(codecs, turns)):
+                continue
+            turn = _turn(getattr(held, turns), getattr(codecs, turns))
+            part, opened = self.parts[at].recoded(codec, turn), _zeros(stored, *stored.shape)
+            opened.copy_(turn(stored))
+            self.parts[at] = part
+            setattr(self, name, opened)
+            self.codecs = replace(held, **{name: codec, turns: getattr(codecs, turns)}, open_first=codecs.open_first)
 
     def seal(self, pairs: list[tuple[int, int]]) -> None:
         """Encode full open pages into sealed ones, `(open, sealed)` each."""
@@ -297,6 +327,13 @@ def _zeros(like: Tensor, *shape: int) -> Tensor:
     """Zeros that may be written outside `torch.inference_mode` too, wherever the cache was started."""
     with torch.inference_mode(False):
         return like.new_zeros(shape)
+
+
+def _turn(was: bool, now: bool) -> Callable[[Tensor], Tensor]:
+    """What brings states from the basis they `was` turned to into the one that they shall be in `now`."""
+    if was == now:
+        return lambda states: states
+    return lambda states: rotate_channels(states, back=was)
 
 
 def page_bytes(keys: Tensor, values: Tensor, page_size: int) -> int:

@@ -1,16 +1,25 @@
-"""What a monitor can do about a full memory: drop kept prefixes, shrink windows, refuse new work."""
+"""What a monitor can do about a full memory, mildest first: drop kept prefixes, store pages with fewer bits, shrink
+windows, refuse new work.
+"""
 
 from __future__ import annotations
 
+import logging
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
+
+from ..errors import ConfigError, CtxoptError
 from .monitor import Action, Monitor
+
+logger = logging.getLogger(__name__)
 
 LEAST_WINDOW = 256
 SHARE = 4  # a fourth of a store's pages at a time
+STEPS = (8, 4)  # bits of stored values, one step at a time
 
 
 def drop_prefixes(stores: Callable[[], Iterable[Any]], share: int = SHARE) -> Action:
@@ -32,6 +41,56 @@ def drop_prefixes(stores: Callable[[], Iterable[Any]], share: int = SHARE) -> Ac
         return gone
 
     return Action("drop_prefixes", act, again=True)
+
+
+def seal_colder(caches: Callable[[], Iterable[Any]], steps: Sequence[int] = STEPS) -> Action:
+    """Store the full pages of caches, all but the sinks and the page that is being written, with the next fewer bits.
+
+    The caches with the most bits go first. Those that share their pages (`ctx_prefix`) are passed over. It cannot be
+    undone, and may run again until the last of the `steps`.
+
+    Args:
+        caches: gives the caches to look at.
+        steps: bits per value, from more to fewer.
+
+    Raises:
+        ConfigError: the steps are not falling, or not bits of stored values.
+    """
+    if list(steps) != sorted(set(steps), reverse=True) or not set(steps) <= {8, 4, 2}:
+        raise ConfigError("steps", tuple(steps), "falling numbers of 8, 4 and 2")
+
+    def act() -> int:
+        found = list(caches())
+        for most in sorted({_most_bits(cache) for cache in found}, reverse=True):
+            freed = sum(_fewer_bits(cache, steps) for cache in found if _most_bits(cache) == most)
+            if freed:
+                return freed
+        return 0
+
+    return Action("seal_colder", act, again=True)
+
+
+def _bits(cache: Any) -> dict[str, int]:
+    bits = cache.options.kv_bits
+    return dict(bits) if isinstance(bits, Mapping) else {"k": bits, "v": bits}
+
+
+def _most_bits(cache: Any) -> int:
+    return max(_bits(cache).values())
+
+
+def _fewer_bits(cache: Any, steps: Sequence[int]) -> int:
+    """Bytes that the next step gives back in one cache; 0 where there is none, or where it cannot be taken."""
+    fewer = next((step for step in steps if step < _most_bits(cache)), None)
+    if fewer is None:
+        return 0
+    new = {part: min(had, fewer) for part, had in _bits(cache).items()}
+    before = int(cache.nbytes)
+    try:
+        cache.requantize(new if len(set(new.values())) > 1 else fewer)
+    except (CtxoptError, MemoryError, torch.OutOfMemoryError) as error:
+        logger.warning("pages stay as they are, or some of them: %s", error)
+    return max(0, before - int(cache.nbytes))
 
 
 def shrink_windows(caches: Callable[[], Iterable[Any]], least: int = LEAST_WINDOW) -> Action:
@@ -81,3 +140,20 @@ def refuse_new_work(monitor: Callable[[], Monitor]) -> Action:
         monitor().accepting = True
 
     return Action("refuse_new_work", act, undo)
+
+
+def usual(
+    caches: Callable[[], Iterable[Any]],
+    stores: Callable[[], Iterable[Any]],
+    monitor: Callable[[], Monitor],
+    steps: Sequence[int] = STEPS,
+) -> list[Action]:
+    """All of them, in the order in which they cost the least.
+
+    Args:
+        caches: gives the caches in use.
+        stores: gives the prefix stores, e.g. `lambda: hf_ctxopt.stores().values()`.
+        monitor: gives the monitor that they belong to.
+        steps: see `seal_colder`.
+    """
+    return [drop_prefixes(stores), seal_colder(caches, steps), shrink_windows(caches), refuse_new_work(monitor)]

@@ -3,7 +3,8 @@
 A meter says how full memory is, 0 to 1. Crossing `high` (90 %) upwards runs actions, the mildest first, and measures
 again after each; at most `most` (2) run for one crossing. Actions that have run stay in force until use is under `low`
 (75 %), when those that can be are undone, last first: the gap between the two marks keeps it from swinging. A use that
-has gone on rising by `step` since the last action is a crossing of its own: pressure that grows is answered.
+has gone on rising by `step` since the last action is a crossing of its own: pressure that grows is answered. So is, at
+every poll, a use over `FULL`, above which there is no room to rise.
 
 `poll()` must be called between steps, by the thread that runs the model: actions change caches.
 """
@@ -22,6 +23,7 @@ from ..errors import ConfigError
 logger = logging.getLogger(__name__)
 
 HIGH, LOW, STEP, MOST = 0.90, 0.75, 0.03, 2
+FULL = 0.98
 Meter = Callable[[], float]
 
 
@@ -143,7 +145,7 @@ class Monitor:
             if action not in self._in_force:
                 self._in_force.append(action)
             self._note(action, "act", amount)
-        self._mark = max(self.high, self.use + self.step)
+        self._mark = max(self.high, min(self.use + self.step, FULL))
 
     def _relax(self) -> None:
         self._mark = self.high

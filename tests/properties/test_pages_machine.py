@@ -19,6 +19,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from hf_ctxopt.errors import CacheFullError, ConfigError, IntegrityError, InterruptedStepError
 from hf_ctxopt.pages.pool import PagePool
+from hf_ctxopt.pages.requantize import requantize
 from hf_ctxopt.pages.sealed import Codecs
 from hf_ctxopt.pages.storage import LayerStorage
 from hf_ctxopt.policies.sink_window import SinkWindow
@@ -236,6 +237,24 @@ class GroupMachine(RuleBasedStateMachine):
             self.rig.layers[1].activate_past_recording()
         else:
             self.rig.layers[1].record_past = False
+
+    @precondition(lambda self: self.group.codecs is None and self.group.plan is None)
+    @rule(first=st.integers(0, 1), number=st.integers(0, 5))
+    def close_full_pages(self, first: int, number: int) -> None:
+        """Full pages become sealed ones while the text is in use; memory may run out (at 0 it does not)."""
+        before = self.rig.picture()
+        with failing_allocation(number) as raised:
+            try:
+                requantize(self.group, exact(open_first=first))
+            except OutOfMemory:
+                assert raised
+                assert self.rig.picture() == before
+                return
+        assert self.rig.picture()[:2] == before[:2]
+        assert self.rig.picture()[3] == before[3], "tokens changed"
+        size = self.group.page_size
+        for row in self.group.rows if self.columns else []:
+            assert not row.open_pages(first, row.length // size), "a full page stayed open"
 
     @rule(tokens=st.integers(1, 1000))
     def skip(self, tokens: int) -> None:
