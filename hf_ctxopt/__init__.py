@@ -29,10 +29,10 @@ if TYPE_CHECKING:
     from .integration.load import load
     from .integration.messages import priorities_from_messages
     from .integration.patch import patch_model, patched, unpatch_model
+    from .integration.probed import plan
     from .integration.saved import load_store, save_store
     from .integration.session import Session
     from .planner.plan import Plan
-    from .planner.search import plan
     from .weights.config import GgufQuantConfig
     from .weights.gguf_load import load_gguf
     from .weights.in_memory import quantize_
@@ -93,7 +93,7 @@ _LAZY = {
     "quantize_": ".weights.in_memory",
     "patch_model": ".integration.patch",
     "patched": ".integration.patch",
-    "plan": ".planner.search",
+    "plan": ".integration.probed",
     "unpatch_model": ".integration.patch",
     "testing": ".testing",
 }

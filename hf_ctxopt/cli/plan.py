@@ -12,10 +12,11 @@ from rich.table import Table
 
 from hf_ctxopt.cli import console
 from hf_ctxopt.cli.options import parse_bits
-from hf_ctxopt.errors import ConfigError, DoesNotFitError
+from hf_ctxopt.errors import ConfigError, CtxoptError, DoesNotFitError
 
 if TYPE_CHECKING:
     from hf_ctxopt.planner.facts import ModelFacts
+    from hf_ctxopt.planner.needs import Needs
     from hf_ctxopt.planner.plan import Plan
 
 ModelName = Annotated[str, typer.Argument(help="Folder, config.json, .gguf file, Hub id, or 'smollm2' (packaged).")]
@@ -32,6 +33,11 @@ KvBudget = Annotated[str | None, typer.Option(help="Bytes of pages that must fit
 Reserve = Annotated[str | None, typer.Option(help="Memory to leave alone; 1 GiB up to 8 GiB, else 12 %.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
 Plot = Annotated[Path | None, typer.Option(help="Draw memory by part against context into this PNG.")]
+PromptFile = Annotated[
+    Path | None,
+    typer.Option(help="A prompt like those to come: window and bits are chosen by what it needs. Loads the weights."),
+]
+Instruct = Annotated[bool, typer.Option("--instruct/--raw", help="Wrap that prompt in the model's chat template.")]
 AllGpus = Annotated[bool, typer.Option("--all-gpus", help="One line for each profile instead of one card.")]
 
 
@@ -48,11 +54,16 @@ def plan(
     kv_bits: KvBits = None,
     kv_budget: KvBudget = None,
     reserve: Reserve = None,
+    prompt_file: PromptFile = None,
+    instruct: Instruct = False,
     as_json: AsJson = False,
     plot: Plot = None,
     all_gpus: AllGpus = False,
 ) -> None:
-    """Choose settings with which a model fits a card, and say what each byte is for. Loads no weights."""
+    """Choose settings with which a model fits a card, and say what each byte is for.
+
+    Loads no weights, unless a prompt is to be measured.
+    """
     from hf_ctxopt.planner.search import plan as make_plan
 
     facts = _facts(model)
@@ -61,12 +72,18 @@ def plan(
         "weights": None if weights is None else [name.strip() for name in weights.split(",")],
         "kv_bits": None if kv_bits is None else parse_bits(kv_bits),
     }  # fmt: skip
+    if instruct and prompt_file is None:
+        raise ConfigError("instruct", instruct, "unset without --prompt-file")
+    if plot is not None and not plot.parent.is_dir():
+        raise ConfigError("plot", str(plot), "a file in a folder that exists")
     if all_gpus:
         for name, value in (("gpu", gpu), ("vram", vram), ("device", device), ("plot", plot)):
             if value is not None:
                 raise ConfigError(name, str(value), "unset with --all-gpus")
+        wanted["probe"] = _needs(model, prompt_file, instruct)
         _show_all(facts, wanted, as_json)
         return
+    wanted["probe"] = _needs(model, prompt_file, instruct)
     found = make_plan(facts, gpu=gpu, vram=vram, device=device, **wanted)
     if plot is not None:
         from hf_ctxopt.cli.plan_plot import draw
@@ -92,6 +109,35 @@ def _facts(model: str) -> ModelFacts:
         model = str(Path(folder) / str(file))
     with console.without_bars():
         return facts_of(model)
+
+
+def _needs(model: str, file: Path | None, instruct: bool) -> Needs | None:
+    """Measures a prompt with the model's weights; nothing without one.
+
+    Raises:
+        ConfigError: if there is no text in the file, or no chat template to wrap it in.
+        CtxoptError: if the weights cannot be loaded.
+    """
+    if file is None:
+        return None
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError("prompt_file", str(file), f"a readable UTF-8 text file ({error})") from error
+    if not text.strip():
+        raise ConfigError("prompt_file", str(file), "a file with some text")
+    from hf_ctxopt.cli.models import load_model
+    from hf_ctxopt.cli.turns import encode, first_prompt
+    from hf_ctxopt.integration.probe import probe
+
+    try:
+        with console.progress(f"Loading {model}"):
+            loaded, tokenizer = load_model(str(Path(model).parent) if Path(model).name == "config.json" else model)
+    except CtxoptError as error:
+        raise CtxoptError(f"measuring a prompt takes the model's weights and tokenizer: {error}") from error
+    ids = encode(tokenizer, first_prompt(tokenizer, text), False) if instruct else encode(tokenizer, text, True)
+    with console.progress(f"Reading {ids.shape[1]:,} tokens"):
+        return probe(loaded, ids)
 
 
 def settings_table(found: Plan) -> Table:

@@ -42,11 +42,11 @@ def ctxopt_attention(
     if not isinstance(key, KVHandle) or not isinstance(value, KVHandle):
         # A model may change one of the two before attention (DiffLlama splits V): only that one is dense by then.
         key, value = (_tensor(part) for part in (key, value))
-        return _stock(module, query, key, value, attention_mask, scaling, dropout, kwargs)
+        return stock_attention(module, query, key, value, attention_mask, scaling, dropout, kwargs)
     reason = _detour(attention_mask, dropout, kwargs)
     if reason is not None:
         dense = key.dense(reason), value.view.dense()[1]
-        return _stock(module, query, *dense, attention_mask, scaling, dropout, kwargs)
+        return stock_attention(module, query, *dense, attention_mask, scaling, dropout, kwargs)
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     mask = attention_mask if isinstance(attention_mask, LazyMask) else None
     out = key.view.attend(query, mask, scale, kwargs.get("softcap"), kwargs.get("s_aux"))
@@ -71,7 +71,7 @@ def _detour(mask: Tensor | LazyMask | None, dropout: float, kwargs: dict[str, An
     return None
 
 
-def _stock(
+def stock_attention(
     module: nn.Module,
     query: Tensor,
     key: Any,

@@ -23,7 +23,7 @@ from .packing import check_scheme, loading_config, pack_loaded
 from .patch import patch_model
 from .register import register
 
-_ERRORS = (OSError, ValueError, KeyError, ImportError, RuntimeError)  # what transformers raises for bad models
+LOAD_ERRORS = (OSError, ValueError, KeyError, ImportError, RuntimeError)  # what transformers raises for bad models
 _READING = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token", "trust_remote_code")
 _PARTS = {"embedding": Role.EMBEDDING, "head": Role.HEAD}
 
@@ -58,13 +58,13 @@ def load(
     place = _place(found, device)
     if found.weights in OTHERS:
         check_other(found.weights, place.type)  # before anything is read
-    source, extra = _source(found.model)
+    source, extra = source_of(found.model)
     from transformers import AutoTokenizer
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **extra, **_hub(options))
         model = _model(found, source, {**extra, **options}, place)
-    except _ERRORS as error:
+    except LOAD_ERRORS as error:
         if isinstance(error, CtxoptError):
             raise
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
@@ -87,7 +87,7 @@ def _hub(options: Mapping[str, Any]) -> dict[str, Any]:
     return {name: options[name] for name in _READING if name in options}
 
 
-def _source(name: str) -> tuple[str, dict[str, Any]]:
+def source_of(name: str) -> tuple[str, dict[str, Any]]:
     path = Path(name).expanduser()
     if path.suffix == ".gguf" and path.is_file():
         return str(path.parent), {"gguf_file": path.name}

@@ -88,7 +88,7 @@ def patch_model(
         chunk=chosen.chunk, plan=chosen.plan,
     )  # fmt: skip
     if record.fused:
-        record.attention = [(config, config._attn_implementation_internal) for config in _configs(inner)]
+        record.attention = [(config, config._attn_implementation_internal) for config in configs_of(inner)]
     try:
         _apply(inner, record)
     except BaseException:  # memory that is short, an interrupt: the model is left as it was
@@ -174,7 +174,7 @@ def _can_fuse(model: PreTrainedModel) -> bool:
     return True
 
 
-def _configs(model: PreTrainedModel) -> list[Any]:
+def configs_of(model: PreTrainedModel) -> list[Any]:
     """Every config that `set_attn_implementation` may write to, each once."""
     found: dict[int, Any] = {}
     waiting: list[Any] = [part.config for part in model.modules() if isinstance(part, PreTrainedModel)]

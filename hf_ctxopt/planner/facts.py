@@ -5,7 +5,7 @@ Read from a config, with the model on the meta device, or from a model as it sta
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -178,7 +178,7 @@ def _facts(config: Any, model: Any, source: str | None) -> ModelFacts:
     for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size"):
         if not isinstance(getattr(text, name, None), int):
             raise UnsupportedModelError(f"{text.model_type}: its config has no {name}, so it cannot be planned for")
-    module = model if model is not None else meta_model(config)
+    module = model if model is not None else _meta(config)
     groups, others = _groups(text, module)
     experts = float(shape_of(config).experts)
     chosen = float(getattr(text, "num_experts_per_tok", 0) or getattr(text, "top_k_experts", 0) or experts)
@@ -196,12 +196,27 @@ def _facts(config: Any, model: Any, source: str | None) -> ModelFacts:
     )  # fmt: skip
 
 
+def _meta(config: Any) -> Any:
+    """The model on the meta device.
+
+    Raises:
+        UnsupportedModelError: transformers has no model of that type that generates text, or cannot build it.
+    """
+    try:
+        return meta_model(config)
+    except (ImportError, ValueError, AttributeError, TypeError, RuntimeError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UnsupportedModelError(
+            f"{config.model_type}: transformers cannot build it from its config ({reason[:200]})"
+        ) from error
+
+
 def _groups(text: Any, module: Any) -> tuple[tuple[LayerShape, ...], int]:
     """Layers of equal heads and windows together, as the cache will have them, and how many it does not page."""
     from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
     stock = DynamicCache(config=text).layers or [DynamicLayer() for _ in range(int(text.num_hidden_layers))]
-    measured = _projections(module)
+    measured = _projections(_own_parts(module, {text.model_type, module.config.model_type}))
     counted: dict[tuple[int, int, int, int | None], int] = {}
     others = 0
     for index, layer in enumerate(stock):
@@ -216,10 +231,22 @@ def _groups(text: Any, module: Any) -> tuple[tuple[LayerShape, ...], int]:
     return tuple(LayerShape(count, *key) for key, count in counted.items()), others
 
 
-def _projections(module: Any) -> dict[int, tuple[int, int, int]]:
+def _own_parts(module: Any, kinds: set[str]) -> Iterator[tuple[str, Any]]:
+    """(name, part) of a model without those of other kinds in it: an image's encoder has numbered layers too."""
+    from transformers.modeling_utils import PreTrainedModel
+
+    foreign: list[str] = []
+    for name, part in module.named_modules():
+        if isinstance(part, PreTrainedModel) and part.config.model_type not in kinds:
+            foreign.append(name + ".")
+        elif not name.startswith(tuple(foreign)):
+            yield name, part
+
+
+def _projections(parts: Iterable[tuple[str, Any]]) -> dict[int, tuple[int, int, int]]:
     """Layer → rows of its key and value projections and the size of its heads, where the model has them apart."""
     found: dict[int, tuple[int, int, int]] = {}
-    for name, part in module.named_modules():
+    for name, part in parts:
         layer, size = layer_of(name + "."), getattr(part, "head_dim", None)
         if layer is None or layer in found or not isinstance(size, int):
             continue

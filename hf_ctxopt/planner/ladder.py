@@ -51,9 +51,13 @@ class Rung:
         """Whether its pages lose more than most texts forgive: only for a context that was asked for."""
         return min(self.keys, self.values) < 4
 
+    @property
+    def pages(self) -> str:
+        """Its pages in words."""
+        return f"{self.keys if self.keys == self.values else f'{self.keys}/{self.values}'}-bit pages"
+
     def __str__(self) -> str:
-        pages = str(self.keys) if self.keys == self.values else f"{self.keys}/{self.values}"
-        return f"{self.weights} weights, {pages}-bit pages"
+        return f"{self.weights} weights, {self.pages}"
 
 
 def ladder(weights: str | Sequence[str] | None, kv_bits: tuple[int, int] | None) -> list[Rung]:
@@ -69,7 +73,7 @@ def ladder(weights: str | Sequence[str] | None, kv_bits: tuple[int, int] | None)
     given = WEIGHTS if weights is None else (weights,) if isinstance(weights, str) else tuple(weights)
     for scheme in given:
         if scheme not in (LOADED, *SCHEMES):
-            raise ConfigError("weights", scheme, f"of {', '.join(SCHEMES)}")
+            raise ConfigError("weights", scheme, f"one or several of {', '.join(SCHEMES)}")
     if not given:
         raise ConfigError("weights", given, "at least one scheme")
     schemes = sorted(given, key=_BEST_FIRST.index)

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from ..errors import ConfigError
+from .needs import Needs
 
 VERSION = 1
 STORE = "sessions"
@@ -45,6 +46,7 @@ class Plan:
         ms_per_token: expected time of a decode step at `context` tokens; `None` if the bandwidth is unknown.
         quality: class of what is given up (`ladder.py`), and `", windowed"` where tokens are forgotten.
         reasons: what was tried and why it was rejected, and what to know of the choice.
+        needs: what the prompt needs that the plan was made for (`needs.py`); `None` without one.
     """
 
     model: str
@@ -72,6 +74,7 @@ class Plan:
     ms_per_token: float | None
     quality: str
     reasons: tuple[str, ...] = field(default=())
+    needs: Needs | None = None
 
     @property
     def total_bytes(self) -> int:
@@ -92,7 +95,8 @@ class Plan:
         """Plain JSON values; `from_dict` makes the same plan of them."""
         values = asdict(self)
         lists = {"on_host": list(self.on_host), "reasons": list(self.reasons)}
-        return {"version": VERSION, **values, **lists, "total_bytes": self.total_bytes}
+        needs = None if self.needs is None else self.needs.to_dict()
+        return {"version": VERSION, **values, **lists, "needs": needs, "total_bytes": self.total_bytes}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Plan:
@@ -106,10 +110,13 @@ class Plan:
         if values.get("version") != VERSION:
             raise ConfigError("version", values.get("version"), f"{VERSION}: a plan of this version of hf_ctxopt")
         given = {key: value for key, value in values.items() if key not in ("version", "total_bytes")}
+        given = {"needs": None, **given}  # plans of before there were any have none
         names = {part.name for part in fields(cls)}
         if wrong := sorted(names.symmetric_difference(given)):
             raise ConfigError("plan", wrong, f"exactly the fields {', '.join(sorted(names))}")
-        plan = cls(**{**given, "on_host": tuple(given["on_host"]), "reasons": tuple(given["reasons"])})
+        needs = None if given["needs"] is None else Needs.from_dict(given["needs"])
+        lists = {"on_host": tuple(given["on_host"]), "reasons": tuple(given["reasons"])}
+        plan = cls(**{**given, **lists, "needs": needs})
         if values.get("total_bytes", plan.total_bytes) != plan.total_bytes:
             raise ConfigError("total_bytes", values["total_bytes"], f"{plan.total_bytes}, the sum of the parts")
         return plan

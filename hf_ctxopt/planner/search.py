@@ -13,6 +13,7 @@ from .fit import Card, Choice, Task
 from .footprint import chunks_for, reserve_of
 from .hardware import Device, best_device, bytes_of, device_of, from_profile, of_memory
 from .ladder import Rung, ladder
+from .needs import ERROR, Needs, described
 from .plan import Plan
 from .profiles import profile
 from .remedies import rejections, remedies
@@ -45,6 +46,7 @@ def plan(
     kv_budget: int | str | None = None,
     reserve: int | str | None = None,
     page_size: int = 32,
+    probe: Any = None,
 ) -> Plan:
     """Settings with which the model runs on a card, the best of those that fit.
 
@@ -68,6 +70,10 @@ def plan(
         kv_budget: bytes of pages that must fit.
         reserve: bytes to leave alone; by default 1 GiB up to 8 GiB of memory, then 12 %.
         page_size: tokens of a page.
+        probe: a prompt like those to come, or what was measured of one (`Needs`, or its `to_dict()`). The plan then
+            takes the shortest window that holds what this prompt needs, or none, and leaves out bits that change too
+            much of what attention returns (`needs.py`). As text or token ids, for a model that is loaded or a path to
+            load it from: `integration/probed.py`, which is what `hf_ctxopt.plan` is, measures it.
 
     Raises:
         ConfigError: a bad value; or a context beyond the trained one of a model that cannot give up tokens.
@@ -81,21 +87,39 @@ def plan(
     rungs = ladder(LOADED if live else weights, _bits(kv_bits, page_size))
     budget = None if kv_budget is None else bytes_of("kv_budget", kv_budget)
     task = Task(facts=facts, card=card, batch=batch, agents=agents, page_size=page_size, kv_budget=budget)
-    return _Search(task, rungs, goal, context).run()
+    return _Search(task, rungs, goal, context, _needs(probe, context)).run()
 
 
 class _Search:
     """One search: what is tried, in order, and what came of it."""
 
-    def __init__(self, task: Task, rungs: list[Rung], goal: str, context: int | None) -> None:
-        self.task, self.rungs, self.goal, self.asked = task, rungs, goal, context
+    def __init__(
+        self, task: Task, rungs: list[Rung], goal: str, context: int | None, needs: Needs | None = None
+    ) -> None:
+        self.task, self.rungs, self.goal, self.asked, self.needs = task, rungs, goal, context, needs
         trained = task.facts.trained
         usual = USUAL_CONTEXT if goal != "context" else trained or USUAL_CONTEXT
         self.wanted = context if context is not None else min(usual, trained or usual)
+        if needs is not None and context is None:
+            self.wanted = max(self.wanted, needs.tokens)
         self.notes: list[str] = []
         self.tried: list[Choice] = []
         if task.facts.other_layers:
             self.notes.append(f"the states of {task.facts.other_layers} layers without attention are not counted")
+        if needs is not None:
+            self._heed(needs)
+
+    def _heed(self, needs: Needs) -> None:
+        """Leave out bits that change too much for the prompt, and say what was measured."""
+        self.notes.extend(described(needs))
+        kept = [rung for rung in self.rungs if needs.error(rung.keys, rung.values) <= ERROR]
+        gone = dict.fromkeys(rung.pages for rung in self.rungs if rung not in kept)
+        if not kept:  # bits that were asked for
+            self.notes.append(f"{' and '.join(gone)} change more than that, and were asked for")
+            return
+        if gone:
+            self.notes.append(f"not tried, they change more than that: {', '.join(gone)}")
+        self.rungs = kept
 
     def run(self) -> Plan:
         """The plan.
@@ -110,11 +134,15 @@ class _Search:
                 raise ConfigError("context", self.wanted, f"{allowed}; its positions do not allow a sink window")
             if self.task.agents > 1:
                 raise ConfigError("context", self.wanted, f"{allowed}: a prefix store keeps whole texts")
+            if self.needs is not None and self.needs.window is None:
+                self.notes.append("the prompt needs its far tokens, and those that leave the window are lost")
             self.notes.append(
                 f"{self.wanted:,} tokens are more than the {trained:,} the model was trained on: sinks and a window "
                 "keep it fluent at any length, and forget what has left the window"
             )
-            return self._windowed(limit - SINKS)
+            return self._windowed(limit - SINKS if (window := self._enough(limit)) is None else window)
+        if (window := self._enough(limit)) is not None:
+            return self._windowed(window)
         found = self._fastest() if self.goal == "speed" else None
         if found is not None:
             return self._plan(found, self.wanted)
@@ -130,6 +158,13 @@ class _Search:
             raise self._refusal()
         self.notes.append("nothing holds the whole text: a window forgets what leaves it")
         return self._windowed(min(self.wanted, limit) - SINKS)
+
+    def _enough(self, limit: int | None) -> int | None:
+        """The window that holds what the prompt needs, where the model and its cache can have one."""
+        window = None if self.needs is None else self.needs.window
+        if window is None or limit is None or window + SINKS > min(limit, self.wanted - 1) or self.task.agents > 1:
+            return None
+        return window
 
     def _stages(self) -> Iterator[tuple[list[tuple[str, ...]], list[Rung]]]:
         """(host parts, rungs) to try one after the other.
@@ -180,7 +215,7 @@ class _Search:
                 if found is not None:
                     return self._plan(found, self.wanted)
             choice, window = self._largest_window(host, most)
-            if window >= min(LEAST_WINDOW, most):
+            if window >= min(LEAST_WINDOW, most) and (self.needs is None or self.needs.holds(window)):
                 found = self._try(choice.rung, self.wanted, host, window)
                 if found is not None:
                     return self._plan(found, self.wanted)
@@ -224,7 +259,10 @@ class _Search:
             what = f"{self.wanted:,} tokens of {name} do not fit {card}"
         else:
             what = f"{name} does not fit {card}"
-        return DoesNotFitError(best.missing(self.wanted), what, remedies(best, self.tried, self.wanted))
+        would = remedies(best, self.tried, self.wanted)
+        if self.needs is not None and any(choice.window is not None for choice in self.tried):
+            would = (*would, "a window that fits loses what the prompt needs")
+        return DoesNotFitError(best.missing(self.wanted), what, would)
 
     def _plan(self, choice: Choice, context: int) -> Plan:
         """The plan of a choice, with what there is to say about it."""
@@ -249,7 +287,7 @@ class _Search:
             page_bytes=layout.page_bytes, page_budget=choice.page_budget, kv_budget=choice.room, chunk=choice.chunk,
             on_host=choice.host, host_bytes=_host_bytes(choice), vram=task.card.vram, bytes=parts,
             ms_per_token=_milliseconds(choice, context),
-            quality=rung.quality + ("" if window is None else ", windowed"), reasons=tuple(reasons),
+            quality=rung.quality + ("" if window is None else ", windowed"), reasons=tuple(reasons), needs=self.needs,
         )  # fmt: skip
 
 
@@ -277,6 +315,18 @@ def _bits(kv_bits: int | Mapping[str, int] | None, page_size: int) -> tuple[int,
     if kv_bits is None:
         return None
     return (kv_bits["k"], kv_bits["v"]) if isinstance(kv_bits, Mapping) else (kv_bits, kv_bits)
+
+
+def _needs(probe: Any, context: int | None) -> Needs | None:
+    if probe is None or isinstance(probe, Needs):
+        needs = probe
+    elif isinstance(probe, Mapping):
+        needs = Needs.from_dict(probe)
+    else:
+        raise ConfigError("probe", type(probe).__name__, "needs that were measured, or a model that is loaded with it")
+    if needs is not None and context is not None and context < needs.tokens:
+        raise ConfigError("context", context, f"at least {needs.tokens}, the tokens of the prompt")
+    return needs
 
 
 def _check(context: int | None, batch: int, agents: int, goal: str) -> None:

@@ -34,12 +34,14 @@ def shape_of(config: Any) -> Shape:
 
 
 def meta_model(config: Any) -> nn.Module:
-    """A causal language model of `config` whose parameters take no memory."""
+    """A language model of `config`, which may read images or sound too, whose parameters take no memory."""
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM
 
+    kinds: tuple[Any, ...] = (AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM)
+    kind = next((kind for kind in kinds if type(config) in kind._model_mapping), AutoModelForCausalLM)
     with torch.device("meta"):
-        model: nn.Module = AutoModelForCausalLM.from_config(config)
+        model: nn.Module = kind.from_config(config)
     return model
 
 

@@ -102,6 +102,51 @@ def test_errors_are_one_line(ctxopt: Ctxopt, llama: Path, arguments: tuple[str, 
     assert len(result.err.strip().splitlines()) == 1
 
 
+@pytest.fixture(scope="module")
+def prompt(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A prompt of 300 bytes, each a token of the tiny model."""
+    file = tmp_path_factory.mktemp("prompt") / "prompt.txt"
+    file.write_text("The quick brown fox jumps over the lazy dog. " * 7)
+    return file
+
+
+def test_a_prompt_is_measured(ctxopt: Ctxopt, folder: Path, prompt: Path) -> None:
+    result = ctxopt("plan", folder, "--vram", "2GiB", "--prompt-file", prompt)
+    assert result.code == 0
+    assert "too short to tell anything of windows" in result.out
+    assert "change of what attention returns on the prompt" in result.out
+    raw = Plan.from_dict(json.loads(ctxopt("plan", folder, "--vram", "2GiB", "--prompt-file", prompt, "--json").out))
+    chat = ctxopt("plan", folder, "--vram", "2GiB", "--prompt-file", prompt, "--instruct", "--json")
+    assert raw.needs is not None
+    assert raw.needs.tokens == len(prompt.read_text())
+    needs = Plan.from_dict(json.loads(chat.out)).needs
+    assert needs is not None
+    assert needs.tokens > raw.needs.tokens
+    every = json.loads(ctxopt("plan", folder, "--all-gpus", "--prompt-file", prompt, "--json").out)
+    assert all(Plan.from_dict(found).needs == raw.needs for found in every.values())
+
+
+def test_bad_prompt_files(ctxopt: Ctxopt, llama: Path, folder: Path, prompt: Path, tmp_path: Path) -> None:
+    empty, binary, long, short = (tmp_path / name for name in ("empty", "binary", "long", "short"))
+    empty.write_text(" \n")
+    binary.write_bytes(b"\xff\xfe\x00")
+    long.write_text("words " * 100)
+    short.write_text("Hello")
+    plot = ("--plot", tmp_path / "nowhere" / "plan.png")
+    for arguments, words in (
+        ((folder, "--prompt-file", tmp_path / "none"), "prompt_file"), ((folder, "--prompt-file", empty), "some text"),
+        ((folder, "--prompt-file", binary), "UTF-8"), ((folder, "--prompt-file", long), "at most 512"),
+        ((folder, "--prompt-file", short), "at least 32"), ((llama, "--prompt-file", prompt), "cannot load model"),
+        ((folder, "--prompt-file", tmp_path), "prompt_file"), ((folder, "--instruct"), "--prompt-file"),
+        ((folder, "--prompt-file", prompt, "--context", 64), "tokens of the prompt"), ((folder, *plot), "folder"),
+    ):  # fmt: skip
+        result = ctxopt("plan", *arguments, "--vram", "2GiB")
+        assert result.code == 2, arguments
+        assert words in result.err, arguments
+        assert len(result.err.strip().splitlines()) == 1, result.err
+        assert result.out == ""
+
+
 def test_this_machine(ctxopt: Ctxopt, folder: Path) -> None:
     result = ctxopt("plan", folder, "--reserve", "1MiB", "--json")
     found = Plan.from_dict(json.loads(result.out))
