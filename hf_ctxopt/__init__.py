@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from .weights.config import GgufQuantConfig
     from .weights.gguf_load import load_gguf
     from .weights.in_memory import quantize_
+    from .weights.lora import packed_lora
 
 __version__ = "0.1.0"
 
@@ -62,6 +63,7 @@ __all__ = [
     "load_gguf",
     "load_store",
     "make_cache",
+    "packed_lora",
     "patch_model",
     "patched",
     "plan",
@@ -90,6 +92,7 @@ _LAZY = {
     "save_store": ".integration.saved",
     "stores": ".caches.stores",
     "make_cache": ".integration.build",
+    "packed_lora": ".weights.lora",
     "quantize_": ".weights.in_memory",
     "patch_model": ".integration.patch",
     "patched": ".integration.patch",

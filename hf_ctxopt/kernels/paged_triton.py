@@ -11,6 +11,7 @@ from functools import cache
 
 import torch
 from torch import Tensor
+from triton import __version__ as triton_version
 from triton import language as tl
 from triton.runtime.jit import JITFunction
 
@@ -53,8 +54,12 @@ def multiprocessors(device: torch.device) -> int:
 
 @cache
 def starts_early(device: torch.device) -> bool:
-    """Whether a launch may begin before the one it depends on has ended (compute capability 9 and later)."""
-    if INTERPRETED or device.type != "cuda" or not hasattr(tl.extra.cuda, "gdc_wait"):
+    """Whether a launch may begin before the one it depends on has ended (compute capability 9 and later).
+
+    Triton 3.4 has the functions and cannot compile them.
+    """
+    version = tuple(int(part) for part in triton_version.split(".")[:2])
+    if INTERPRETED or device.type != "cuda" or version < (3, 6) or not hasattr(tl.extra.cuda, "gdc_wait"):
         return False
     return torch.cuda.get_device_capability(device) >= (9, 0)
 
