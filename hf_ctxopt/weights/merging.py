@@ -16,7 +16,7 @@ from .linear import GgufLinear
 
 REFUSAL = (
     "adapters cannot be merged into packed weights, which would round them away; keep them beside the model "
-    "(save_pretrained of PEFT), or give get_peft_model the config `hf_ctxopt.weights.lora.packed_lora(config)`, with "
+    "(save_pretrained of PEFT), or give get_peft_model the config `hf_ctxopt.packed_lora(config)`, with "
     "which merge_and_unload() leaves dense linears in their place"
 )
 _MARK = "_ctxopt_checked"
