@@ -72,7 +72,8 @@ def plan(
         page_size: tokens of a page.
         probe: a prompt like those to come, or what was measured of one (`Needs`, or its `to_dict()`). The plan then
             takes the shortest window that holds what this prompt needs, or none, and leaves out bits that change too
-            much of what attention returns (`needs.py`). As text or token ids, for a model that is loaded or a path to
+            much of what attention returns (`needs.py`); no window if the whole text fits beside the best weights and
+            pages, unless the goal is speed. As text or token ids, for a model that is loaded or a path to
             load it from: `integration/probed.py`, which is what `hf_ctxopt.plan` is, measures it.
 
     Raises:
@@ -142,7 +143,9 @@ class _Search:
             )
             return self._windowed(limit - SINKS if (window := self._enough(limit)) is None else window)
         if (window := self._enough(limit)) is not None:
-            return self._windowed(window)
+            if self.goal == "speed" or self._try(self.rungs[0], self.wanted) is None:
+                return self._windowed(window)
+            self.notes.append("the whole text fits beside the best weights and pages: no window is needed")
         found = self._fastest() if self.goal == "speed" else None
         if found is not None:
             return self._plan(found, self.wanted)

@@ -17,6 +17,9 @@ WINDOWS = (256, 384, 512, 768, 1024)
 FINE = (0.003, 0.03, 0.2)
 
 
+GOALS = ("quality", "context", "speed")
+
+
 def needs(sought: tuple[float, ...] | None = None, **changes: Any) -> Needs:
     """Of a prompt of 2,000 tokens, for a model of 32 full layers; nothing is sought by default."""
     group = GroupNeeds(
@@ -47,6 +50,13 @@ def test_only_layers_that_a_window_cuts_count() -> None:
     full, other = SUMMARY.groups[0], NEEDLE.groups[0]
     mixed = replace(SUMMARY, groups=(replace(full, layers=24), replace(other, layers=8)))
     assert mixed.outside(256)[1] == pytest.approx(0.03 * 8 / 32)
+
+
+def test_no_window_where_the_whole_text_fits_beside_the_best() -> None:
+    """Windows are spent last: with room for everything only speed asks for one."""
+    roomy = {goal: plan(facts("Llama-3.1-8B"), vram="80GiB", goal=goal, probe=SUMMARY) for goal in GOALS}
+    assert {goal: found.window for goal, found in roomy.items()} == {"quality": None, "context": None, "speed": 256}
+    assert any("no window is needed" in reason for reason in roomy["quality"].reasons)
 
 
 def test_three_tasks_get_three_settings_on_one_card() -> None:
