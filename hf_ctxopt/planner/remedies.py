@@ -21,12 +21,17 @@ def remedies(best: Choice, tried: Sequence[Choice], tokens: int) -> tuple[str, .
         tokens: the context that they were tried for.
     """
     found = []
-    if best.task.kv_budget is not None:
-        found.append(f"pages of {size(max(0, best.left))} would fit" if best.left > 0 else "no pages fit beside it")
-    else:
-        longest = max(tried, key=lambda choice: (choice.window is None, choice.capacity or 0))
+    budget = best.task.kv_budget
+    longest = max(tried, key=lambda choice: (choice.window is None, choice.capacity or 0))
+    if budget is not None and best.left >= budget:  # it is the budget that is too small, on any card
+        found.append(f"a kv_budget of {size(best.kv_bytes(tokens))} would do ({best.rung})")
         if longest.window is None and (longest.capacity or 0) >= _LEAST:
             found.append(f"a context of {longest.capacity:,} tokens would fit ({longest.rung})")
+        return tuple(found)
+    if budget is not None:
+        found.append(f"pages of {size(max(0, best.left))} would fit" if best.left > 0 else "no pages fit beside it")
+    elif longest.window is None and (longest.capacity or 0) >= _LEAST:
+        found.append(f"a context of {longest.capacity:,} tokens would fit ({longest.rung})")
     found.append(f"a card of {_card_for(best, tokens)} GiB would do ({best.rung})")
     return tuple(found)
 

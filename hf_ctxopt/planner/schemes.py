@@ -71,7 +71,8 @@ def weight_bytes(facts: ModelFacts, scheme: str) -> WeightBytes:
         size = _bytes(matrix, scheme, facts)
         parts[kind] += size
         if kind is not Role.EMBEDDING or facts.tied:
-            read += int(size * facts.active) if "expert" in matrix.name else size
+            routed = "expert" in matrix.name and "shared_expert" not in matrix.name
+            read += int(size * facts.active) if routed else size
         if kind is Role.OTHER and (scheme in MIXES and matrix.packable or scheme in LINEAR and matrix.linear):
             unpacked = max(unpacked, 2 * (min(matrix.numel, SLAB_GPU) if scheme in MIXES else matrix.numel))
     return WeightBytes(scheme, parts[Role.OTHER], parts[Role.EMBEDDING], parts[Role.HEAD], unpacked, read)

@@ -51,7 +51,7 @@ def plan(
     """Settings with which the model runs on a card, the best of those that fit.
 
     Quality is spent in a fixed order (`ladder.py`): 16 bits first, 8-bit pages before packed weights, 4-bit weights
-    before pages of fewer than 8 bits, the embedding on the host where all else fails, and windows, which forget, last.
+    before pages of fewer than 8 bits, embedding and head on the host before two bits, and windows, which forget, last.
 
     Args:
         model: a transformers model or config, a dictionary with `model_type`, or a path; a model that is loaded is
@@ -64,7 +64,8 @@ def plan(
         batch: sequences at once.
         agents: sequences whose pages stay between calls (`ctx_prefix`).
         goal: `"quality"`: the best quality that holds the context. `"context"`: the same, with the trained length as
-            context. `"speed"`: the fewest milliseconds per token that 4-bit weights and pages allow.
+            context. `"speed"`: the fewest milliseconds per token that 4-bit weights and pages allow, and two bits
+            rather than the host where those do not hold the context.
         weights: scheme or schemes to choose from (`schemes.SCHEMES`).
         kv_bits: bits of K and V; by default the ladder's.
         kv_budget: bytes of pages that must fit.
@@ -109,6 +110,18 @@ class _Search:
             self.notes.append(f"the states of {task.facts.other_layers} layers without attention are not counted")
         if needs is not None:
             self._heed(needs)
+        if task.kv_budget is not None and goal != "speed":
+            self._best_weights(task.kv_budget)
+
+    def _best_weights(self, kv_budget: int) -> None:
+        """A budget of pages holds the same beside any weights: only the best that leave it are of use."""
+        smallest = chunks_for(self.task.card.vram)[-1]
+        bits = dict.fromkeys((rung.keys, rung.values) for rung in self.rungs)
+        for scheme in dict.fromkeys(rung.weights for rung in self.rungs):
+            rungs = [Rung(scheme, *pair) for pair in bits]
+            if min(Choice(self.task, rung, smallest).left for rung in rungs) >= kv_budget:
+                self.rungs = rungs
+                return
 
     def _heed(self, needs: Needs) -> None:
         """Leave out bits that change too much for the prompt, and say what was measured."""
@@ -177,7 +190,7 @@ class _Search:
         fine, coarse = ([rung for rung in self.rungs if rung.coarse is kind] for kind in (False, True))
         card: list[tuple[str, ...]] = [()]
         hosts = self._hosts()[1:]
-        if self.goal == "quality":
+        if self.goal != "speed":
             order = [(card, fine), (hosts, fine), (card, coarse), (hosts, coarse)]
         else:
             order = [(card, fine), (card, coarse), (hosts, fine), (hosts, coarse)]
@@ -190,9 +203,11 @@ class _Search:
 
     def _shorter(self, hosts: list[tuple[str, ...]], rungs: list[Rung]) -> Plan | None:
         """A plan for fewer tokens than one would like, if a stage holds enough of them to be of use."""
-        if self.task.kv_budget is not None:
-            return None
+        budget = self.task.kv_budget
         choices = [choice for choice in self.tried if choice.host in hosts and choice.rung in rungs]
+        choices = [choice for choice in choices if budget is None or choice.left >= budget]
+        if not choices:
+            return None
         most = max(choices, key=lambda choice: choice.capacity or 0)
         if (most.capacity or 0) < min(LEAST_CONTEXT, self.wanted):
             return None
@@ -255,7 +270,10 @@ class _Search:
         choices = self.tried if self.task.kv_budget is None else on_card
         best = min(choices, key=lambda choice: choice.missing(self.wanted))
         card, name = size(self.task.card.vram), self.task.facts.name
-        if self.task.kv_budget is not None:
+        if self.task.kv_budget is not None and best.left >= self.task.kv_budget:
+            what = f"{self.wanted:,} tokens of {name} need {size(best.kv_bytes(self.wanted))} of pages and do not fit "
+            what += f"the {size(self.task.kv_budget)} of kv_budget"
+        elif self.task.kv_budget is not None:
             what = f"{size(self.task.kv_budget)} of pages beside {best.rung.weights} weights of "
             what += f"{size(best.weights.layers + best.embeddings)} do not fit {card}"
         elif best.left > 0:
