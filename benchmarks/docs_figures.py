@@ -117,8 +117,8 @@ def packed_quality(data: dict[str, Any]) -> str:
     rows = [[row["scheme"], f"{row['kl']:.2g}", f"{row['ratio']:.4f}"] for row in data["rows"]]
     below = (
         f"SmolLM2-135M-Instruct against its fp32 weights, {data['settings']['tokens']:,} tokens. {_where(data)}\n"
-        "Not at equal size: rows of 576 are no multiple of 256, so that Q4_K falls back to Q5_0, which takes more bits.\n"
-        "And these weights were themselves unpacked from a Q4_1 file, whose grid GGUF's types with a minimum share."
+        "Not at equal size: rows of 576 are no multiple of 256, so that Q4_K falls back to Q5_0, of more bits. And\n"
+        "these weights were themselves unpacked from a Q4_1 file, whose grid GGUF's types with a minimum share."
     )
     return _table(("weights", "KL (nats)", "perplexity ratio"), rows, below)
 

@@ -12,8 +12,10 @@ from __future__ import annotations
 import copy
 import functools
 import sys
+import threading
+import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -30,7 +32,7 @@ class FusedParts:
     """The parts of one model that are taken over while `inside` is open; what they are is found out once."""
 
     def __init__(self) -> None:
-        self._forms: dict[tuple[Any, ...], NormForm | None] = {}
+        self._forms: weakref.WeakKeyDictionary[nn.Module, tuple[Any, NormForm | None]] = weakref.WeakKeyDictionary()
         self._rotaries: dict[tuple[Any, ...], bool] = {}
 
     @contextmanager
@@ -44,17 +46,14 @@ class FusedParts:
         norms = [(part, form) for part in model.modules() if (form := self._form(part)) is not None]
         dtype = _weight(norms[0][0]).dtype if norms else weight.dtype
         files = {name: function for name, function in _rotaries(model) if self._turns_halves(function, weight, dtype)}
-        for part, form in norms:
-            part.forward = functools.partial(_norm, part, form, kernels)
-        for name, function in files.items():
-            setattr(sys.modules[name], ROTARY, _rotary(function, kernels))
-        try:
-            yield
-        finally:
-            for part, _ in norms:
-                del part.forward
+        with ExitStack() as undo:
+            for part, form in norms:
+                part.forward = functools.partial(_norm, part, form, kernels)
+                undo.callback(delattr, part, "forward")
             for name, function in files.items():
-                setattr(sys.modules[name], ROTARY, function)
+                _take_over(name, function, kernels)
+                undo.callback(_give_back, name)
+            yield
 
     def _form(self, part: nn.Module) -> NormForm | None:
         weight, eps = part._parameters.get("weight"), _eps(part)
@@ -62,16 +61,40 @@ class FusedParts:
             return None
         if len(part._parameters) != 1 or part._modules or not weight.is_floating_point():
             return None
-        key = (type(part), weight.dtype, weight.shape, weight.device, eps)
-        if key not in self._forms:
-            self._forms[key] = _recognize(part, weight, eps)
-        return self._forms[key]
+        # Of each module by itself: two of one class may differ in a flag.
+        key, (known, form) = (weight.dtype, weight.shape, weight.device, eps), self._forms.get(part, (None, None))
+        if known != key:
+            form = _recognize(part, weight, eps)
+            self._forms[part] = key, form
+        return form
 
     def _turns_halves(self, function: Callable[..., Any], weight: Tensor, dtype: torch.dtype) -> bool:
         key = (function, weight.device, dtype)
         if key not in self._rotaries:
             self._rotaries[key] = dtype.is_floating_point and _is_plain_rotary(function, weight.device, dtype)
         return self._rotaries[key]
+
+
+_LOCK = threading.Lock()
+_TAKEN: dict[str, tuple[int, Callable[..., Any]]] = {}
+"""Modeling files whose rotary function is replaced -> by how many models at once, and the file's own."""
+
+
+def _take_over(name: str, function: Callable[..., Any], kernels: FusedKernels) -> None:
+    with _LOCK:
+        users, own = _TAKEN.get(name, (0, function))
+        _TAKEN[name] = users + 1, own
+        if not users:
+            setattr(sys.modules[name], ROTARY, _rotary(own, kernels))
+
+
+def _give_back(name: str) -> None:
+    with _LOCK:
+        users, own = _TAKEN.pop(name)
+        if users > 1:
+            _TAKEN[name] = users - 1, own
+        else:
+            setattr(sys.modules[name], ROTARY, own)
 
 
 def _weight(part: nn.Module) -> Tensor:
@@ -108,7 +131,11 @@ def _recognize(part: nn.Module, weight: Tensor, eps: float) -> NormForm | None:
 def _rotaries(model: nn.Module) -> list[tuple[str, Callable[..., Any]]]:
     """The modeling files of a model's modules that define `apply_rotary_pos_emb`."""
     names = sorted({type(part).__module__ for part in model.modules()})
-    found = [(name, getattr(sys.modules.get(name), ROTARY, None)) for name in names if "modeling" in name]
+    with _LOCK:  # a file that another model has taken over is known by its own function
+        taken = {name: own for name, (_, own) in _TAKEN.items()}
+    found = [
+        (name, taken.get(name) or getattr(sys.modules.get(name), ROTARY, None)) for name in names if "modeling" in name
+    ]
     return [(name, function) for name, function in found if callable(function)]
 
 
@@ -125,12 +152,19 @@ def _is_plain_rotary(function: Callable[..., Any], device: torch.device, dtype: 
     return pair and all(map(torch.equal, got, fused.rotary(*given)))
 
 
-def _norm(part: nn.Module, form: NormForm, kernels: FusedKernels, x: Tensor) -> Tensor:
-    weight, eps = _weight(part), _eps(part)
-    if x.dtype != weight.dtype or x.device != weight.device or torch.is_grad_enabled() or eps is None:
-        result: Tensor = type(part).forward(part, x)
-        return result
-    return kernels.norm(x, weight, eps, form)
+def _norm(part: nn.Module, form: NormForm, kernels: FusedKernels, *args: Any, **kwargs: Any) -> Tensor:
+    if len(args) == 1 and not kwargs and _served(part, args[0]) and (eps := _eps(part)) is not None:
+        return kernels.norm(args[0], _weight(part), eps, form)
+    result: Tensor = type(part).forward(part, *args, **kwargs)
+    return result
+
+
+def _served(part: nn.Module, x: Any) -> bool:
+    """Whether a norm's kernel can take `x`: channels, dtype and device are its weight's, and no gradients are kept."""
+    weight = _weight(part)
+    if not isinstance(x, Tensor) or torch.is_grad_enabled() or x.shape[-1:] != weight.shape:
+        return False
+    return x.dtype == weight.dtype and x.device == weight.device
 
 
 def _rotary(function: Callable[..., Any], kernels: FusedKernels) -> Callable[..., Any]:

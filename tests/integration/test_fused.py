@@ -93,6 +93,52 @@ def test_another_formula_stays(kind: str, calls: Counter[str]) -> None:
     assert calls["norm"] == 0
 
 
+def test_two_of_one_class_are_told_apart(calls: Counter[str]) -> None:
+    part = nn.Sequential(Odd("plain"), Odd("centred"))
+    x = torch.randn(2, 8)
+    want = part(x)
+    with torch.no_grad(), FusedParts().inside(part):
+        assert torch.equal(part(x), want)
+
+
+def test_other_calls_take_the_models_own_way(calls: Counter[str]) -> None:
+    """A gate, a keyword, another number of channels, another dtype."""
+
+    class Gated(Odd):
+        def forward(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
+            plain = super().forward(x)
+            return plain if gate is None else plain * gate
+
+    part = Gated("plain")
+    x, gate = torch.randn(2, 8), torch.randn(2, 8)
+    with torch.no_grad(), FusedParts().inside(nn.Sequential(part)):
+        assert torch.equal(part(x, gate), Gated.forward(part, x, gate))
+        assert torch.equal(part(x=x), Gated.forward(part, x))
+        assert torch.equal(part(x[:, :1]), Gated.forward(part, x[:, :1]))
+        before = calls["norm"]
+        part(x.double())
+    assert calls["norm"] == before
+    one = nn.Sequential(Odd("plain"))
+    one[0].weight = nn.Parameter(torch.ones(1))
+    with torch.no_grad(), FusedParts().inside(one):
+        assert torch.equal(one(x), Odd.forward(one[0], x))
+
+
+def test_models_of_one_file_may_overlap(calls: Counter[str]) -> None:
+    first, second = model_for("llama", "fused"), model_for("llama", "other")
+    file = sys.modules[type(first).__module__]
+    own = getattr(file, ROTARY)
+    one, two = FusedParts().inside(first), FusedParts().inside(second)
+    with torch.no_grad():
+        one.__enter__()
+        two.__enter__()
+        one.__exit__(None, None, None)
+        second(IDS)
+        assert calls == {"norm": 5, "rotary": 2}
+        two.__exit__(None, None, None)
+    assert getattr(file, ROTARY) is own
+
+
 def test_the_plain_formula_is_taken(calls: Counter[str]) -> None:
     part = nn.Sequential(Odd("plain"))
     x = torch.randn(2, 8)
