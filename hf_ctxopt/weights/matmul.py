@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from ..errors import ConfigError
 from ..kernels.dispatch import GGUF_ROWS, gguf_decoder, gguf_kernel
 from .blocks import block_type
 from .codecs import decode
@@ -25,7 +26,12 @@ def gguf_matmul(x: Tensor, packed: Tensor, type: str) -> Tensor:
 
     Returns:
         (..., outputs) in x's dtype.
+
+    Raises:
+        ConfigError: activations that are not floating, as where a model casts them to the weight's dtype.
     """
+    if not x.is_floating_point():
+        raise ConfigError("activations", str(x.dtype), "a floating dtype; exclude this layer from packing")
     rows = x.reshape(-1, x.shape[-1])
     out = opaque_matmul(rows, packed, type) if torch.compiler.is_compiling() else _matmul(rows, packed, type)
     return out.view(*x.shape[:-1], packed.shape[0])

@@ -16,6 +16,7 @@ from .blocks import BLOCKS, packed_columns
 from .experts import PARTS, GgufExperts, experts_part, is_experts
 from .linear import GgufEmbedding, GgufLinear
 from .mixes import MIXES, tensor_type
+from .precise import left_dense
 from .roles import kept
 from .sizes import shape_of
 
@@ -89,8 +90,9 @@ def types_of(model: nn.Module, choice: Choice) -> dict[str, str]:
     """
     shape = shape_of(model.config)
     found: dict[str, str] = {}
+    dense = left_dense(model)
     for name, size in _candidates(model):
-        if not choice.wants(name):
+        if name in dense or not choice.wants(name):
             continue
         forced = choice.override(name)
         if forced is not None:

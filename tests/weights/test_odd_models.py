@@ -1,0 +1,89 @@
+"""Models whose code or ties go against packing each module by itself."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import MambaConfig, MambaForCausalLM, T5Config, T5ForConditionalGeneration
+from transformers.pytorch_utils import Conv1D
+
+import hf_ctxopt
+from hf_ctxopt.weights.codecs import encode
+from hf_ctxopt.weights.linear import GgufEmbedding, GgufLinear
+from hf_ctxopt.weights.matmul import gguf_matmul
+
+IDS = torch.arange(3, 15).view(1, -1)
+
+
+def t5(**changes: Any) -> T5ForConditionalGeneration:
+    torch.manual_seed(0)
+    config = T5Config(
+        vocab_size=128, d_model=256, d_kv=64, d_ff=256, num_layers=2, num_heads=4, decoder_start_token_id=0, **changes
+    )
+    return spread(T5ForConditionalGeneration(config))
+
+
+def mamba(tied: bool) -> MambaForCausalLM:
+    torch.manual_seed(0)
+    config = MambaConfig(
+        vocab_size=128, hidden_size=256, state_size=8, num_hidden_layers=2, tie_word_embeddings=tied
+    )  # fmt: skip
+    return spread(MambaForCausalLM(config))
+
+
+def spread(model: Any) -> Any:
+    """Matrices far enough from zero for an output that tells models apart."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 2:
+                parameter.normal_(0, 0.05)
+    model.tie_weights()
+    return model.eval()
+
+
+def logits(model: Any) -> torch.Tensor:
+    more = {"decoder_input_ids": IDS} if model.config.is_encoder_decoder else {}
+    with torch.no_grad():
+        out: torch.Tensor = model(input_ids=IDS, **more).logits
+    return out
+
+
+def as_decoded(model: Any, dense: Any) -> None:
+    """`model` gives what its dense twin gives with the decoded weights in the packed modules' places."""
+    for name, module in model.named_modules():
+        if isinstance(module, GgufLinear | GgufEmbedding):
+            twin, values = dense.get_submodule(name), module.dequantize()
+            twin.weight.data = values.T.contiguous() if isinstance(twin, Conv1D) else values
+    torch.testing.assert_close(logits(model), logits(dense), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("feed_forward", ["relu", "gated-gelu"])
+def test_a_layer_whose_dtype_the_model_reads_stays_dense(feed_forward: str) -> None:
+    model = t5(feed_forward_proj=feed_forward)
+    dense = copy.deepcopy(model)
+    hf_ctxopt.quantize_(model, "Q8_0")
+    feed = model.encoder.block[0].layer[1].DenseReluDense
+    assert type(feed.wo) is nn.Linear
+    assert isinstance(feed.wi_0 if feed_forward == "gated-gelu" else feed.wi, GgufLinear)
+    as_decoded(model, dense)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_head_of_mamba_stays_dense(tied: bool) -> None:
+    model = mamba(tied)
+    dense = copy.deepcopy(model)
+    hf_ctxopt.quantize_(model, "Q8_0")
+    assert type(model.lm_head) is nn.Linear
+    assert isinstance(model.get_input_embeddings(), GgufEmbedding) is not tied
+    assert isinstance(model.backbone.layers[0].mixer.in_proj, GgufLinear)
+    as_decoded(model, dense)
+
+
+def test_activations_that_are_not_floating_are_refused() -> None:
+    packed = encode(torch.randn(4, 64), "Q8_0")
+    with pytest.raises(hf_ctxopt.ConfigError, match="activations"):
+        gguf_matmul(torch.zeros(2, 64, dtype=torch.uint8), packed, "Q8_0")
