@@ -17,11 +17,13 @@ from .experts import PARTS, GgufExperts, experts_part, is_experts
 from .linear import GgufEmbedding, GgufLinear
 from .mixes import MIXES, tensor_type
 from .precise import left_dense
-from .roles import kept
+from .roles import Role, kept, role
 from .sizes import shape_of
+from .ties import tied_groups
 
 logger = logging.getLogger(__name__)
 STACK = 1 << 20  # weights of a parameter of three dimensions that is worth a word
+_ENDS = {Role.HEAD: 0, Role.EMBEDDING: 1}  # whose type counts among modules that share a tensor, first to last
 
 
 @dataclass(frozen=True)
@@ -83,25 +85,26 @@ def is_embedding(module: nn.Module) -> bool:
 
 
 def types_of(model: nn.Module, choice: Choice) -> dict[str, str]:
-    """Name -> block type of what `choice` packs: modules, a tied head as its embedding; and experts' parameters.
+    """Name -> block type of what `choice` packs: modules, one type for those that share a tensor; experts' parameters.
 
     Raises:
-        ConfigError: an override's type does not fit a module's columns.
+        ConfigError: an override's type does not fit a module's columns; overrides that differ for one tensor.
     """
     shape = shape_of(model.config)
     found: dict[str, str] = {}
+    forced: dict[str, str] = {}
     dense = left_dense(model)
     for name, size in _candidates(model):
         if name in dense or not choice.wants(name):
             continue
-        forced = choice.override(name)
-        if forced is not None:
-            packed_columns(size[-1], forced)
-        kind = forced or tensor_type(name, size, choice.mix, shape)
+        asked = choice.override(name)
+        if asked is not None:
+            packed_columns(size[-1], asked)
+            forced[name] = asked
+        kind = asked or tensor_type(name, size, choice.mix, shape)
         if kind is not None:
             found[name] = kind
-    if shape.tied:
-        _share(model, found)
+    _share(model, found, forced)
     _tell_of_stacks(model, choice, found)
     return found
 
@@ -154,17 +157,18 @@ def expect_(model: nn.Module, types: Mapping[str, str], dtype: torch.dtype, pack
                 model.set_submodule(name, replacement(model.get_submodule(name), type, dtype, packed))
 
 
-def _share(model: nn.Module, found: dict[str, str]) -> None:
-    names = {id(module): name for name, module in model.named_modules()}
-    ends = (model.get_input_embeddings(), model.get_output_embeddings())  # type: ignore[operator]
-    if any(end is None for end in ends):
-        return
-    embedding, head = (names[id(end)] for end in ends)
-    if embedding in found and head in found:
-        found[head] = found[embedding]
-    else:  # one tensor: it is packed for both or for none
-        found.pop(embedding, None)
-        found.pop(head, None)
+def _share(model: nn.Module, found: dict[str, str], forced: Mapping[str, str]) -> None:
+    """One tensor is packed once: all modules that share it get one type, an override's or the head's, or none does."""
+    for names in tied_groups(model):
+        if not all(name in found for name in names):
+            for name in names:
+                found.pop(name, None)
+            continue
+        asked = {forced[name] for name in names if name in forced}
+        if len(asked) > 1:
+            raise ConfigError("overrides", sorted(asked), f"one type for {', '.join(names)}, which share a tensor")
+        first = min(names, key=lambda name: _ENDS.get(role(name), len(_ENDS)))
+        found.update(dict.fromkeys(names, asked.pop() if asked else found[first]))
 
 
 def replacement(module: nn.Module, type: str, dtype: torch.dtype, packed: bool) -> GgufLinear | GgufEmbedding:

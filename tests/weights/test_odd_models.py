@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 import copy
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
-from transformers import MambaConfig, MambaForCausalLM, T5Config, T5ForConditionalGeneration
+from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    MambaConfig,
+    MambaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 from transformers.pytorch_utils import Conv1D
 
 import hf_ctxopt
 from hf_ctxopt.weights.codecs import encode
 from hf_ctxopt.weights.linear import GgufEmbedding, GgufLinear
 from hf_ctxopt.weights.matmul import gguf_matmul
+from hf_ctxopt.weights.selection import Choice, types_of
 
 IDS = torch.arange(3, 15).view(1, -1)
 
@@ -33,6 +43,15 @@ def mamba(tied: bool) -> MambaForCausalLM:
         vocab_size=128, hidden_size=256, state_size=8, num_hidden_layers=2, tie_word_embeddings=tied
     )  # fmt: skip
     return spread(MambaForCausalLM(config))
+
+
+def bart() -> BartForConditionalGeneration:
+    torch.manual_seed(0)
+    config = BartConfig(
+        vocab_size=128, d_model=256, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4,
+        decoder_attention_heads=4, encoder_ffn_dim=256, decoder_ffn_dim=256, max_position_embeddings=64,
+    )  # fmt: skip
+    return spread(BartForConditionalGeneration(config))
 
 
 def spread(model: Any) -> Any:
@@ -81,6 +100,40 @@ def test_the_head_of_mamba_stays_dense(tied: bool) -> None:
     assert isinstance(model.get_input_embeddings(), GgufEmbedding) is not tied
     assert isinstance(model.backbone.layers[0].mixer.in_proj, GgufLinear)
     as_decoded(model, dense)
+
+
+@pytest.mark.parametrize("build", [t5, bart])
+def test_modules_that_share_a_tensor_share_its_type(build: Any, tmp_path: Path) -> None:
+    model = build()
+    dense = copy.deepcopy(model)
+    dense.save_pretrained(tmp_path / "dense")
+    hf_ctxopt.quantize_(model, "Q4_K_M")
+    types = model.config.quantization_config.types
+    tied = [name for name in types if re.search(r"shared|embed_tokens|lm_head", name)]
+    assert len(tied) == 4
+    assert {types[name] for name in tied} == {"Q6_K"}
+    assert model.lm_head.weight is model.get_input_embeddings().weight
+    kind = type(model)
+    loaded = kind.from_pretrained(tmp_path / "dense", quantization_config=hf_ctxopt.GgufQuantConfig("Q4_K_M"))
+    model.save_pretrained(tmp_path / "packed")
+    again = kind.from_pretrained(tmp_path / "packed")
+    assert torch.equal(logits(loaded), logits(model))
+    assert torch.equal(logits(again), logits(model))
+    as_decoded(model, dense)
+
+
+def test_an_override_of_one_module_counts_for_those_that_share_its_tensor() -> None:
+    model = t5()
+    types = types_of(model, Choice("Q4_K_M", overrides={"lm_head": "Q8_0"}))
+    assert {types[name] for name in ("shared", "encoder.embed_tokens", "lm_head")} == {"Q8_0"}
+    with pytest.raises(hf_ctxopt.ConfigError, match="share a tensor"):
+        types_of(model, Choice("Q4_K_M", overrides={"lm_head": "Q8_0", "shared": "Q6_K"}))
+
+
+def test_a_tensor_that_one_module_may_not_pack_stays_dense() -> None:
+    types = types_of(t5(), Choice("Q4_K_M", exclude=["decoder.embed_tokens"]))
+    assert types
+    assert not any(re.search(r"shared|embed_tokens|lm_head", name) for name in types)
 
 
 def test_activations_that_are_not_floating_are_refused() -> None:
