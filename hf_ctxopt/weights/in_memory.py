@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from .codecs import encode_searched
 from .config import GgufQuantConfig
@@ -64,7 +65,8 @@ def quantize_(
                     dtype = getattr(old, part).dtype
                     setattr(old, part, nn.Parameter(packed.dequantize(part, dtype)))
             else:
-                old.weight = nn.Parameter(packed.dequantize(old.weight.dtype))
+                values = packed.dequantize(old.weight.dtype)
+                old.weight = nn.Parameter(values.T.contiguous() if isinstance(old, Conv1D) else values)
             model.set_submodule(name, old)
         model.tie_weights()
         raise
@@ -86,7 +88,8 @@ def _packed(module: Any, type: str, shared: dict[int, nn.Parameter], kept: list[
     with torch.device("meta"):
         new = replacement(module, type, weight.dtype, packed=True)
     if id(weight) not in shared:
-        shared[id(weight)] = nn.Parameter(encode_searched(weight, type), requires_grad=False)
+        rows = weight.T if isinstance(module, Conv1D) else weight
+        shared[id(weight)] = nn.Parameter(encode_searched(rows, type), requires_grad=False)
         kept.append(weight)
         weight.data = weight.new_empty(0)
     new.weight = shared[id(weight)]

@@ -66,7 +66,12 @@ class GgufLinear(_Packed, nn.Linear):
         bias: whether there is one.
         type: key of `BLOCKS`.
         packed: see `_Packed`.
+
+    Attributes:
+        transposed: the dense weight in its place is (in_features, out_features), as GPT-2's `Conv1D` has it.
     """
+
+    transposed = False
 
     def __init__(self, in_features: int, out_features: int, bias: bool, type: str, packed: bool = True) -> None:
         super().__init__(out_features, in_features, type, packed)

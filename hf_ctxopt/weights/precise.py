@@ -12,6 +12,7 @@ import re
 from typing import Any
 
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from .ties import with_tied
 
@@ -32,7 +33,9 @@ def left_dense(model: nn.Module) -> set[str]:
     for owner, module in model.named_modules():
         for leaf, child in module.named_children():
             name = f"{owner}.{leaf}" if owner else leaf
-            if isinstance(child, nn.Linear | nn.Embedding) and (exact.search(name) or leaf in _read(type(module))):
+            if isinstance(child, nn.Linear | nn.Embedding | Conv1D) and (
+                exact.search(name) or leaf in _read(type(module))
+            ):
                 found.add(name)
     return with_tied(model, found)
 

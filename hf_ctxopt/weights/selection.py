@@ -22,7 +22,7 @@ from .sizes import shape_of
 from .ties import tied_groups
 
 logger = logging.getLogger(__name__)
-STACK = 1 << 20  # weights of a parameter of three dimensions that is worth a word
+LARGE = 1 << 20  # weights of a matrix that is worth a word
 _ENDS = {Role.HEAD: 0, Role.EMBEDDING: 1}  # whose type counts among modules that share a tensor, first to last
 
 
@@ -75,8 +75,8 @@ class Choice:
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether a packed linear can take its place: subclasses may do more than multiply."""
-    return type(module) is nn.Linear
+    """Whether a packed linear can take its place: subclasses may do more than multiply, Falcon's does not."""
+    return type(module) in (nn.Linear, Conv1D) or type(module).__name__ == "FalconLinear"
 
 
 def is_embedding(module: nn.Module) -> bool:
@@ -105,21 +105,22 @@ def types_of(model: nn.Module, choice: Choice) -> dict[str, str]:
         if kind is not None:
             found[name] = kind
     _share(model, found, forced)
-    _tell_of_stacks(model, choice, found)
+    _tell_of_dense(model, choice, found)
     return found
 
 
-def _tell_of_stacks(model: nn.Module, choice: Choice, found: Mapping[str, str]) -> None:
-    """Log the experts that stay dense because their layout is not `experts.py`'s: they are most of a mixture."""
+def _tell_of_dense(model: nn.Module, choice: Choice, found: Mapping[str, str]) -> None:
+    """Log the large matrices that stay dense though the rules are for them: other kinds of layers, experts whose
+    layout is not `experts.py`'s, columns that no block fits, weights that the model's code looks at."""
     left = {
         name: part.numel() * part.element_size()
         for name, part in model.named_parameters()
-        if part.dim() == 3 and part.numel() >= STACK and name not in found and not kept(name) and choice.wants(name)
-    }
+        if part.dim() in (2, 3) and part.numel() >= LARGE and part.is_floating_point()
+        and name.removesuffix(".weight") not in found and not kept(name) and choice.wants(name.removesuffix(".weight"))
+    }  # fmt: skip
     if left:
         logger.warning(
-            "%d parameters of three dimensions stay dense, %.2f GB: %s …",
-            len(left), sum(left.values()) / 1e9, next(iter(left)),
+            "%d matrices stay dense, %.2f GB: %s …", len(left), sum(left.values()) / 1e9, next(iter(left))
         )  # fmt: skip
 
 
@@ -127,7 +128,8 @@ def _candidates(model: nn.Module) -> Iterator[tuple[str, tuple[int, ...]]]:
     """(name, shape of the weight) of what could be packed."""
     for name, module in model.named_modules():
         if is_linear(module) or is_embedding(module):
-            yield name, tuple(module.weight.shape)
+            shape = tuple(module.weight.shape)
+            yield name, shape[::-1] if isinstance(module, Conv1D) else shape
         elif is_experts(module):
             yield from ((f"{name}.{part}", tuple(getattr(module, part).shape)) for part in PARTS)
 
@@ -181,5 +183,7 @@ def replacement(module: nn.Module, type: str, dtype: torch.dtype, packed: bool) 
             module.num_embeddings, module.embedding_dim, type, dtype, scale, module.padding_idx, packed
         )
     if isinstance(module, Conv1D):  # GPT-2's linear, whose dense weight is (inputs, outputs)
-        return GgufLinear(module.nx, module.nf, True, type, packed)
+        new = GgufLinear(module.nx, module.nf, True, type, packed)
+        new.transposed = True
+        return new
     return GgufLinear(module.in_features, module.out_features, module.bias is not None, type, packed)  # type: ignore[arg-type]

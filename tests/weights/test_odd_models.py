@@ -13,6 +13,10 @@ from torch import nn
 from transformers import (
     BartConfig,
     BartForConditionalGeneration,
+    FalconConfig,
+    FalconForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
     MambaConfig,
     MambaForCausalLM,
     T5Config,
@@ -21,10 +25,12 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 import hf_ctxopt
+from hf_ctxopt.weights.blocks import packed_bytes
 from hf_ctxopt.weights.codecs import encode
 from hf_ctxopt.weights.linear import GgufEmbedding, GgufLinear
 from hf_ctxopt.weights.matmul import gguf_matmul
 from hf_ctxopt.weights.selection import Choice, types_of
+from hf_ctxopt.weights.sizes import weights_of
 
 IDS = torch.arange(3, 15).view(1, -1)
 
@@ -52,6 +58,18 @@ def bart() -> BartForConditionalGeneration:
         decoder_attention_heads=4, encoder_ffn_dim=256, decoder_ffn_dim=256, max_position_embeddings=64,
     )  # fmt: skip
     return spread(BartForConditionalGeneration(config))
+
+
+def falcon() -> FalconForCausalLM:
+    torch.manual_seed(0)
+    config = FalconConfig(vocab_size=128, hidden_size=256, num_hidden_layers=2, num_attention_heads=4)
+    return spread(FalconForCausalLM(config))
+
+
+def gpt2() -> GPT2LMHeadModel:
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=128, n_embd=256, n_layer=2, n_head=4, n_positions=64)
+    return spread(GPT2LMHeadModel(config))
 
 
 def spread(model: Any) -> Any:
@@ -120,6 +138,39 @@ def test_modules_that_share_a_tensor_share_its_type(build: Any, tmp_path: Path) 
     assert torch.equal(logits(loaded), logits(model))
     assert torch.equal(logits(again), logits(model))
     as_decoded(model, dense)
+
+
+@pytest.mark.parametrize("build", [falcon, gpt2])
+@pytest.mark.parametrize("mix", ["Q8_0", "Q4_K_M"])
+def test_linears_of_other_classes_are_packed(build: Any, mix: str, tmp_path: Path) -> None:
+    model = build()
+    dense = copy.deepcopy(model)
+    dense.save_pretrained(tmp_path / "dense")
+    hf_ctxopt.quantize_(model, mix)
+    left = [name for name, part in model.named_parameters() if part.dim() == 2 and part.is_floating_point()]
+    assert [name for name in left if "wpe" not in name] == []
+    packed = sum(part.nbytes for part in model.parameters() if part.dtype == torch.uint8)
+    sizes = [shape for name, shape in weights_of(dense) if len(shape) == 2 and "wpe" not in name]
+    assert mix != "Q8_0" or packed == sum(packed_bytes(shape, "Q8_0") for shape in sizes)
+    loaded = type(model).from_pretrained(tmp_path / "dense", quantization_config=hf_ctxopt.GgufQuantConfig(mix))
+    model.save_pretrained(tmp_path / "packed")
+    again = type(model).from_pretrained(tmp_path / "packed")
+    assert torch.equal(logits(loaded), logits(model))
+    assert torch.equal(logits(again), logits(model))
+    as_decoded(model, dense)
+
+
+def test_large_matrices_that_stay_dense_are_told_of(caplog: pytest.LogCaptureFixture) -> None:
+    class Scaled(nn.Linear):
+        pass
+
+    model = gpt2()
+    model.transformer.h[0].mlp.c_fc = Scaled(1024, 1024, bias=False)
+    types_of(model, Choice("Q8_0"))
+    assert "1 matrices stay dense, 0.00 GB: transformer.h.0.mlp.c_fc.weight" in caplog.text
+    caplog.clear()
+    types_of(model, Choice("Q8_0", exclude=["h.0.mlp"]))
+    assert "stay dense" not in caplog.text
 
 
 def test_an_override_of_one_module_counts_for_those_that_share_its_tensor() -> None:
