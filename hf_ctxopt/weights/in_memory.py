@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from ..errors import ConfigError
 from .codecs import encode_searched
 from .config import GgufQuantConfig
 from .experts import GgufExperts, experts_part
@@ -24,6 +25,8 @@ def quantize_(
 ) -> Any:  # fmt: skip
     """Packs the weights of `model` in place, one by one; each dense weight is freed as its blocks take its place.
 
+    A model may be packed in stages, with rules for different modules; what is packed stays as it is.
+
     Args:
         model: a transformers model on any device.
         mix: type of each tensor by llama.cpp's rules, as of `GgufQuantConfig`.
@@ -35,10 +38,12 @@ def quantize_(
         The same model; `save_pretrained` and `from_pretrained` know it from then on.
 
     Raises:
-        ConfigError: a bad rule, before anything is changed; weights that are not finite, after the modules packed so
+        ConfigError: a bad rule, rules by which nothing (more) is packed, a model that something else has packed, all
+            before anything is changed; weights that are not finite, after the modules packed so
             far have been given their decoded weights back.
     """
     config = GgufQuantConfig(mix, include, exclude, overrides)
+    before = _stored(model)
     types = types_of(model, config.choice())
     shared: dict[int, nn.Parameter] = {}
     kept: list[Any] = []  # ids stay unique while the old modules' weights are alive: only tied ones are held
@@ -71,9 +76,32 @@ def quantize_(
         model.tie_weights()
         raise
     config.types = types
+    if before is not None:
+        config = _together(before, config)
     model.config.quantization_config = config
     _announce(model, config)
     return model
+
+
+def _stored(model: Any) -> GgufQuantConfig | None:
+    """How `model` is packed already. Raises `ConfigError` if something else has packed it."""
+    stored = getattr(model.config, "quantization_config", None)
+    if isinstance(stored, GgufQuantConfig):
+        return stored
+    values = stored if isinstance(stored, dict) else vars(stored) if stored is not None else {}
+    method = values.get("quant_method")
+    method = getattr(method, "value", method)
+    # transformers 5.24 leaves its mark of a .gguf file on models that it has unpacked, too.
+    packed = any(part.dim() > 1 and not part.is_floating_point() for part in model.parameters())
+    if packed or method not in (None, "gguf"):
+        raise ConfigError("model", f"packed by {method}", "a dense model, or one that hf_ctxopt has packed")
+    return None
+
+
+def _together(old: GgufQuantConfig, new: GgufQuantConfig) -> GgufQuantConfig:
+    """Both stages: all types, and the name of the mix that packed more modules. Rules of one stage are left out."""
+    first, second = old.types or {}, new.types or {}
+    return GgufQuantConfig(new.mix if len(second) > len(first) else old.mix, types={**first, **second})
 
 
 def _pack_part(old: Any, new: GgufExperts, part: str, type: str) -> None:

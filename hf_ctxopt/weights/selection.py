@@ -88,7 +88,8 @@ def types_of(model: nn.Module, choice: Choice) -> dict[str, str]:
     """Name -> block type of what `choice` packs: modules, one type for those that share a tensor; experts' parameters.
 
     Raises:
-        ConfigError: an override's type does not fit a module's columns; overrides that differ for one tensor.
+        ConfigError: an override's type does not fit a module's columns; overrides that differ for one tensor;
+            rules by which nothing is packed.
     """
     shape = shape_of(model.config)
     found: dict[str, str] = {}
@@ -105,6 +106,9 @@ def types_of(model: nn.Module, choice: Choice) -> dict[str, str]:
         if kind is not None:
             found[name] = kind
     _share(model, found, forced)
+    if not found:
+        rules = {"include": choice.include, "exclude": choice.exclude}
+        raise ConfigError("include", rules, "rules that leave dense modules to pack, whose columns a block fits")
     _tell_of_dense(model, choice, found)
     return found
 

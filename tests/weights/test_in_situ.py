@@ -76,6 +76,40 @@ def test_failing_in_memory_leaves_a_dense_model() -> None:
     assert model.model.layers[0].self_attn.q_proj.weight.shape == (256, 256)
 
 
+def test_packed_in_stages(tmp_path: Path) -> None:
+    model = hf_ctxopt.quantize_(tiny(True), "Q8_0", include=["mlp"])
+    hf_ctxopt.quantize_(model, "Q4_K_M", exclude=["mlp", "o_proj"])
+    config = model.config.quantization_config
+    assert (config.mix, config.types["model.layers.0.mlp.up_proj"]) == ("Q4_K_M", "Q8_0")
+    assert len(config.types) == 14
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(again(IDS).logits, model(IDS).logits)
+    hf_ctxopt.quantize_(again, "Q8_0")  # what is left
+    assert len(again.config.quantization_config.types) == 16
+    with pytest.raises(hf_ctxopt.ConfigError, match="include"):
+        hf_ctxopt.quantize_(again, "Q4_K_M")
+    assert len(again.config.quantization_config.types) == 16
+
+
+def test_rules_that_pack_nothing_are_refused(tmp_path: Path) -> None:
+    model = tiny(True)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(hf_ctxopt.ConfigError, match="include"):
+        hf_ctxopt.quantize_(model, include=["nothing"])
+    assert getattr(model.config, "quantization_config", None) is None
+    config = hf_ctxopt.GgufQuantConfig(include=["nothing"])
+    with pytest.raises(hf_ctxopt.ConfigError, match="include"):
+        AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=config)
+
+
+def test_a_model_that_something_else_packed_is_refused() -> None:
+    model = tiny(True)
+    model.config.quantization_config = {"quant_method": "bitsandbytes"}
+    with pytest.raises(hf_ctxopt.ConfigError, match="hf_ctxopt has packed"):
+        hf_ctxopt.quantize_(model)
+
+
 @pytest.mark.parametrize(
     "options",
     [{"mix": "Q4_K_X"}, {"include": ["("]}, {"exclude": "o_proj"}, {"overrides": {"q_proj": "Q9"}}],
