@@ -125,8 +125,8 @@ def _state(file: GgufFile, model: nn.Module, dtype: torch.dtype) -> tuple[dict[s
         if named.type is not None and experts_part(model, named.parameter) is not None:
             stacks.setdefault(named.parameter, {})[named.part] = named
             continue
-        fits = named.type is not None and leaf == "weight" and module not in dense
-        if fits and _packable(model.get_submodule(module), named):
+        fits = leaf == "weight" and module not in dense
+        if named.type is not None and fits and _packable(model.get_submodule(module), named):
             types[module] = named.type
             # A copy: the file may be cut or rewritten while the model lives.
             state[named.parameter] = named.data.clone()

@@ -31,11 +31,10 @@ def left_dense(model: nn.Module) -> set[str]:
     exact = re.compile("|".join(rf"(?:^|\.){re.escape(name)}(?:$|\.)" for name in sorted(names)) or r"(?!)")
     found: set[str] = set()
     for owner, module in model.named_modules():
+        kind: Any = type(module)
         for leaf, child in module.named_children():
             name = f"{owner}.{leaf}" if owner else leaf
-            if isinstance(child, nn.Linear | nn.Embedding | Conv1D) and (
-                exact.search(name) or leaf in _read(type(module))
-            ):
+            if isinstance(child, nn.Linear | nn.Embedding | Conv1D) and (exact.search(name) or leaf in _read(kind)):
                 found.add(name)
     return with_tied(model, found)
 

@@ -9,6 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import hf_ctxopt
+from hf_ctxopt.weights import in_memory
 from hf_ctxopt.weights.codecs import decode, encode, encode_searched
 from hf_ctxopt.weights.linear import GgufEmbedding, GgufLinear
 from hf_ctxopt.weights.matmul import decoded_matmul
@@ -66,14 +67,44 @@ def test_in_memory_equals_in_situ(tmp_path: Path) -> None:
     assert torch.equal(again(IDS).logits, model(IDS).logits)
 
 
-def test_failing_in_memory_leaves_a_dense_model() -> None:
-    model = tiny(False)
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -70000.0])
+def test_weights_that_cannot_be_packed_are_found_first(value: float) -> None:
+    model = tiny(True)
     with torch.no_grad():
-        model.model.layers[1].mlp.down_proj.weight[0, 0] = float("nan")
-    with pytest.raises(hf_ctxopt.ConfigError, match="finite"):
+        model.model.layers[1].mlp.down_proj.weight[0, 0] = value
+    before = {name: part.detach().clone() for name, part in model.named_parameters()}
+    with pytest.raises(hf_ctxopt.ConfigError, match="layers.1.mlp.down_proj.*finite"):
         hf_ctxopt.quantize_(model)
+    for name, part in model.named_parameters():
+        torch.testing.assert_close(part.detach(), before[name], rtol=0, atol=0, equal_nan=True)
     assert not any(isinstance(module, GgufLinear | GgufEmbedding) for module in model.modules())
-    assert model.model.layers[0].self_attn.q_proj.weight.shape == (256, 256)
+
+
+def test_an_interrupt_leaves_a_dense_rounded_model(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = tiny(True).requires_grad_(False)
+    model.model.norm.requires_grad_(True)
+    before = {name: part.detach().clone() for name, part in model.named_parameters()}
+    calls = iter(range(100))
+
+    def stopped(weight: torch.Tensor, type: str) -> torch.Tensor:
+        if next(calls) == 5:
+            raise KeyboardInterrupt
+        return encode_searched(weight, type)
+
+    monkeypatch.setattr(in_memory, "encode_searched", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        hf_ctxopt.quantize_(model, "Q8_0")
+    assert [name for name, part in model.named_parameters() if part.requires_grad] == ["model.norm.weight"]
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    changed = [name for name, part in model.named_parameters() if not torch.equal(part, before[name])]
+    assert len(changed) == 5
+    for name in changed:
+        want = decode(encode_searched(before[name], "Q8_0"), "Q8_0")
+        assert torch.equal(model.get_parameter(name), want)
+    assert "5 weights" in caplog.text
+    assert getattr(model.config, "quantization_config", None) is None
 
 
 def test_packed_in_stages(tmp_path: Path) -> None:
