@@ -107,6 +107,20 @@ def test_an_interrupt_leaves_a_dense_rounded_model(
     assert getattr(model.config, "quantization_config", None) is None
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_packed_model_moves_to_another_dtype(dtype: torch.dtype) -> None:
+    model = hf_ctxopt.quantize_(tiny(True), "Q8_0")
+    want = model(IDS).logits
+    blocks = model.model.embed_tokens.weight.clone()
+    model.to(dtype)
+    assert model.get_input_embeddings()(IDS).dtype is dtype
+    assert torch.equal(model.model.embed_tokens.weight, blocks)
+    got = model(IDS).logits
+    assert got.dtype is dtype
+    torch.testing.assert_close(got.float(), want, rtol=0.05, atol=0.05)
+    assert model.to("cpu").get_input_embeddings().dtype is dtype
+
+
 def test_packed_in_stages(tmp_path: Path) -> None:
     model = hf_ctxopt.quantize_(tiny(True), "Q8_0", include=["mlp"])
     hf_ctxopt.quantize_(model, "Q4_K_M", exclude=["mlp", "o_proj"])
