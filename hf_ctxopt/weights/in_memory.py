@@ -122,7 +122,12 @@ def _check(model: Any, types: Mapping[str, str]) -> None:
 
 
 def _stored(model: Any) -> GgufQuantConfig | None:
-    """How `model` is packed already. Raises `ConfigError` if something else has packed it."""
+    """How `model` is packed already. Raises `ConfigError` if something else has packed it.
+
+    One with PEFT's adapters is refused too: they would be packed, and their training would end.
+    """
+    if any(kind.__module__.startswith("peft.") for part in model.modules() for kind in type(part).__mro__):
+        raise ConfigError("model", "with PEFT's adapters", "one without: pack it first, then call get_peft_model")
     stored = getattr(model.config, "quantization_config", None)
     if isinstance(stored, GgufQuantConfig):
         return stored
