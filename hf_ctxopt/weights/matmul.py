@@ -28,11 +28,16 @@ def gguf_matmul(x: Tensor, packed: Tensor, type: str) -> Tensor:
         (..., outputs) in x's dtype.
 
     Raises:
-        ConfigError: activations that are not floating, as where a model casts them to the weight's dtype.
+        ConfigError: activations that are not floating, as where a model casts them to the weight's dtype; of other
+            columns than the weight.
     """
     if not x.is_floating_point():
         raise ConfigError("activations", str(x.dtype), "a floating dtype; exclude this layer from packing")
-    rows = x.reshape(-1, x.shape[-1])
+    row = block_type(type)
+    columns = packed.shape[-1] // row.nbytes * row.block
+    if x.shape[-1] != columns:
+        raise ConfigError("columns of the activations", int(x.shape[-1]), f"{columns}, those of the weight")
+    rows = x.reshape(-1, columns)
     out = opaque_matmul(rows, packed, type) if torch.compiler.is_compiling() else _matmul(rows, packed, type)
     return out.view(*x.shape[:-1], packed.shape[0])
 

@@ -148,6 +148,20 @@ def test_rules_that_pack_nothing_are_refused(tmp_path: Path) -> None:
         AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=config)
 
 
+def test_a_model_on_the_meta_device_is_refused() -> None:
+    with torch.device("meta"):
+        model = tiny(True)
+    with pytest.raises(hf_ctxopt.ConfigError, match="meta device"):
+        hf_ctxopt.quantize_(model)
+    assert not any(isinstance(module, GgufLinear | GgufEmbedding) for module in model.modules())
+
+
+def test_dequantizing_in_place_is_refused() -> None:
+    model = hf_ctxopt.quantize_(tiny(True), "Q8_0")
+    with pytest.raises(hf_ctxopt.UnsupportedModelError, match="dense checkpoint"):
+        model.dequantize()
+
+
 def test_a_model_that_something_else_packed_is_refused() -> None:
     model = tiny(True)
     model.config.quantization_config = {"quant_method": "bitsandbytes"}

@@ -191,3 +191,11 @@ def test_activations_that_are_not_floating_are_refused() -> None:
     packed = encode(torch.randn(4, 64), "Q8_0")
     with pytest.raises(hf_ctxopt.ConfigError, match="activations"):
         gguf_matmul(torch.zeros(2, 64, dtype=torch.uint8), packed, "Q8_0")
+
+
+@pytest.mark.parametrize("rows", [1, 40])
+def test_activations_of_other_columns_are_refused(rows: int) -> None:
+    packed = encode(torch.randn(4, 256), "Q4_K")
+    for wrong in (128, 512):
+        with pytest.raises(hf_ctxopt.ConfigError, match=f"{wrong}: allowed is 256"):
+            gguf_matmul(torch.zeros(rows, wrong), packed, "Q4_K")
