@@ -27,10 +27,12 @@ from transformers.pytorch_utils import Conv1D
 import hf_ctxopt
 from hf_ctxopt.weights.blocks import packed_bytes
 from hf_ctxopt.weights.codecs import encode
+from hf_ctxopt.weights.gguf_load import load_gguf
 from hf_ctxopt.weights.linear import GgufEmbedding, GgufLinear
 from hf_ctxopt.weights.matmul import gguf_matmul
 from hf_ctxopt.weights.selection import Choice, types_of
 from hf_ctxopt.weights.sizes import weights_of
+from tests.weights.test_gguf_names import SMALL, write
 
 IDS = torch.arange(3, 15).view(1, -1)
 
@@ -185,6 +187,17 @@ def test_a_tensor_that_one_module_may_not_pack_stays_dense() -> None:
     types = types_of(t5(), Choice("Q4_K_M", exclude=["decoder.embed_tokens"]))
     assert types
     assert not any(re.search(r"shared|embed_tokens|lm_head", name) for name in types)
+
+
+def test_a_file_s_layers_that_the_model_looks_at_are_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path / "model.gguf", "gpt2", GPT2Config(**SMALL["gpt2"]))
+    want = logits(load_gguf(tmp_path / "model.gguf")[0])
+    monkeypatch.setattr(GPT2LMHeadModel, "_keep_in_fp32_modules", ["wte", "c_fc"])
+    model, _ = load_gguf(tmp_path / "model.gguf")
+    assert isinstance(model.transformer.h[0].mlp.c_fc, Conv1D)
+    assert isinstance(model.transformer.h[0].mlp.c_proj, GgufLinear)
+    assert type(model.lm_head) is nn.Linear  # it is the embedding's tensor
+    torch.testing.assert_close(logits(model), want, rtol=1e-3, atol=1e-4)
 
 
 def test_activations_that_are_not_floating_are_refused() -> None:
