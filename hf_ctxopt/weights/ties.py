@@ -15,12 +15,13 @@ def tied_groups(model: nn.Module) -> list[list[str]]:
     By what transformers will tie (`all_tied_weights_keys`, target -> source), which also holds on the meta device, and
     by the parameters themselves.
     """
-    order = [name for name, module in model.named_modules() if getattr(module, "weight", None) is not None]
+    # Parameters only: a weight that is computed anew at each look has no id to go by.
+    own = {name: module._parameters.get("weight") for name, module in model.named_modules()}
+    order = [name for name, weight in own.items() if weight is not None]
     first: dict[str, str] = {}  # name -> a name of the same tensor, nearer the start of its chain
     owners: dict[int, str] = {}
     for name in order:
-        owner = owners.setdefault(id(model.get_submodule(name).weight), name)
-        _join(first, name, owner)
+        _join(first, name, owners.setdefault(id(own[name]), name))
     for target, source in (getattr(model, "all_tied_weights_keys", None) or {}).items():
         if target.endswith(_LEAF) and source.endswith(_LEAF):
             _join(first, target.removesuffix(_LEAF), source.removesuffix(_LEAF))
