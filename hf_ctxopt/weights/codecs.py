@@ -57,7 +57,7 @@ def encode(weight: Tensor, type: str, importance: Tensor | None = None) -> Tenso
     step = max(1, _slab(weight) // columns)
     largest = torch.zeros((), device=weight.device)
     for first in range(0, len(rows), step):
-        slab = rows[first : first + step].float().reshape(-1, row.block)
+        slab = rows[first : first + step].float().contiguous().view(-1, row.block)
         largest = torch.maximum(largest, slab.abs().amax())
         share = None
         if counts is not None:

@@ -18,6 +18,7 @@ from .experts import experts_part
 from .gguf_file import GgufFile, need_gguf
 from .gguf_names import NamedTensor, named_tensors
 from .gguf_rope import FREQUENCIES, scaling_in
+from .precise import left_dense
 from .selection import is_embedding, is_linear
 from .sizes import meta_model
 
@@ -118,12 +119,14 @@ def _state(file: GgufFile, model: nn.Module, dtype: torch.dtype) -> tuple[dict[s
     halves: dict[str, dict[str, Tensor]] = {}
     decoded = []
     stacks: dict[str, dict[str | None, NamedTensor]] = {}
+    dense = left_dense(model)
     for named in named_tensors(file, model):
         module, _, leaf = named.parameter.rpartition(".")
         if named.type is not None and experts_part(model, named.parameter) is not None:
             stacks.setdefault(named.parameter, {})[named.part] = named
             continue
-        if named.type is not None and leaf == "weight" and _packable(model.get_submodule(module), named):
+        fits = leaf == "weight" and module not in dense
+        if named.type is not None and fits and _packable(model.get_submodule(module), named):
             types[module] = named.type
             # A copy: the file may be cut or rewritten while the model lives.
             state[named.parameter] = named.data.clone()

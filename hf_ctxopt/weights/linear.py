@@ -66,7 +66,12 @@ class GgufLinear(_Packed, nn.Linear):
         bias: whether there is one.
         type: key of `BLOCKS`.
         packed: see `_Packed`.
+
+    Attributes:
+        transposed: the dense weight in its place is (in_features, out_features), as GPT-2's `Conv1D` has it.
     """
+
+    transposed = False
 
     def __init__(self, in_features: int, out_features: int, bias: bool, type: str, packed: bool = True) -> None:
         super().__init__(out_features, in_features, type, packed)
@@ -90,7 +95,7 @@ class GgufEmbedding(_Packed):
     Args:
         num_embeddings, embedding_dim: as of `nn.Embedding`.
         type: key of `BLOCKS`.
-        dtype: of the result.
+        dtype: of the result; follows `module.to(dtype)` as a dense weight's would.
         scale: what the result is multiplied by (Gemma), rounded to `dtype` first as transformers does.
         padding_idx: kept for whoever asks for it; its row is decoded like any other.
         packed: see `_Packed`.
@@ -108,6 +113,12 @@ class GgufEmbedding(_Packed):
         """(...) to (..., embedding_dim)."""
         rows = _decoded(self.packed()[ids], self.block_type, self.dtype)
         return rows if self.scale is None else rows * torch.tensor(self.scale, dtype=self.dtype).item()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> GgufEmbedding:
+        """torch's door for `to`, `half` …: the blocks keep their dtype, what is decoded takes the new one."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.weight.device)).dtype
+        return self
 
     def extra_repr(self) -> str:
         """As of `nn.Embedding`, and the block type."""

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from ..errors import ConfigError
 from ..kernels.dispatch import GGUF_ROWS, gguf_decoder, gguf_kernel
 from .blocks import block_type
 from .codecs import decode
@@ -25,8 +26,18 @@ def gguf_matmul(x: Tensor, packed: Tensor, type: str) -> Tensor:
 
     Returns:
         (..., outputs) in x's dtype.
+
+    Raises:
+        ConfigError: activations that are not floating, as where a model casts them to the weight's dtype; of other
+            columns than the weight.
     """
-    rows = x.reshape(-1, x.shape[-1])
+    if not x.is_floating_point():
+        raise ConfigError("activations", str(x.dtype), "a floating dtype; exclude this layer from packing")
+    row = block_type(type)
+    columns = packed.shape[-1] // row.nbytes * row.block
+    if x.shape[-1] != columns:
+        raise ConfigError("columns of the activations", int(x.shape[-1]), f"{columns}, those of the weight")
+    rows = x.reshape(-1, columns)
     out = opaque_matmul(rows, packed, type) if torch.compiler.is_compiling() else _matmul(rows, packed, type)
     return out.view(*x.shape[:-1], packed.shape[0])
 

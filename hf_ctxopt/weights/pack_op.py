@@ -26,10 +26,11 @@ class PackOp(ConversionOps):
         """{pattern: weight} to {parameter: blocks}."""
         (value,) = input_dict.values()
         weight: Tensor = value[0] if isinstance(value, list) else value
-        type = packed_type(*get_module_from_name(model, full_layer_name))
+        module, parameter = get_module_from_name(model, full_layer_name)
+        type = packed_type(module, parameter)
         if type is None:
             raise ConfigError("parameter", full_layer_name, "one that is to be packed")
-        packed = encode_searched(weight, type)
+        packed = encode_searched(weight.T if getattr(module, "transposed", False) else weight, type)
         # Experts were put together from several tensors, whose pages this cannot give back: nobody knows them here.
         release(weight, self.hf_quantizer.files)
         return {full_layer_name: packed}

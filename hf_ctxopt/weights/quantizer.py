@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import get_module_from_name
 
-from ..errors import ConfigError
+from ..errors import ConfigError, UnsupportedModelError
 from .blocks import BLOCKS
 from .experts import packed_type
 from .mapped import real_paths
@@ -61,6 +61,13 @@ class GgufQuantizer(HfQuantizer):
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
         """`save_pretrained` writes the blocks."""
         return True
+
+    def dequantize(self, model: Any, dtype: Any = None) -> Any:
+        """transformers' `model.dequantize()`; refused, as the dense modules' own classes are not kept."""
+        raise UnsupportedModelError(
+            "a packed model cannot be turned into a dense one in place: load the dense checkpoint, or read single "
+            "weights with the `dequantize` of a packed module"
+        )
 
     @property
     def is_trainable(self) -> bool:

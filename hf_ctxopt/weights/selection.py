@@ -16,11 +16,14 @@ from .blocks import BLOCKS, packed_columns
 from .experts import PARTS, GgufExperts, experts_part, is_experts
 from .linear import GgufEmbedding, GgufLinear
 from .mixes import MIXES, tensor_type
-from .roles import kept
+from .precise import left_dense
+from .roles import Role, kept, role
 from .sizes import shape_of
+from .ties import tied_groups
 
 logger = logging.getLogger(__name__)
-STACK = 1 << 20  # weights of a parameter of three dimensions that is worth a word
+LARGE = 1 << 20  # weights of a matrix that is worth a word
+_ENDS = {Role.HEAD: 0, Role.EMBEDDING: 1}  # whose type counts among modules that share a tensor, first to last
 
 
 @dataclass(frozen=True)
@@ -72,8 +75,8 @@ class Choice:
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether a packed linear can take its place: subclasses may do more than multiply."""
-    return type(module) is nn.Linear
+    """Whether a packed linear can take its place: subclasses may do more than multiply, Falcon's does not."""
+    return type(module) in (nn.Linear, Conv1D) or type(module).__name__ == "FalconLinear"
 
 
 def is_embedding(module: nn.Module) -> bool:
@@ -82,39 +85,46 @@ def is_embedding(module: nn.Module) -> bool:
 
 
 def types_of(model: nn.Module, choice: Choice) -> dict[str, str]:
-    """Name -> block type of what `choice` packs: modules, a tied head as its embedding; and experts' parameters.
+    """Name -> block type of what `choice` packs: modules, one type for those that share a tensor; experts' parameters.
 
     Raises:
-        ConfigError: an override's type does not fit a module's columns.
+        ConfigError: an override's type does not fit a module's columns; overrides that differ for one tensor;
+            rules by which nothing is packed.
     """
     shape = shape_of(model.config)
     found: dict[str, str] = {}
+    forced: dict[str, str] = {}
+    dense = left_dense(model)
     for name, size in _candidates(model):
-        if not choice.wants(name):
+        if name in dense or not choice.wants(name):
             continue
-        forced = choice.override(name)
-        if forced is not None:
-            packed_columns(size[-1], forced)
-        kind = forced or tensor_type(name, size, choice.mix, shape)
+        asked = choice.override(name)
+        if asked is not None:
+            packed_columns(size[-1], asked)
+            forced[name] = asked
+        kind = asked or tensor_type(name, size, choice.mix, shape)
         if kind is not None:
             found[name] = kind
-    if shape.tied:
-        _share(model, found)
-    _tell_of_stacks(model, choice, found)
+    _share(model, found, forced)
+    if not found:
+        rules = {"include": choice.include, "exclude": choice.exclude}
+        raise ConfigError("include", rules, "rules that leave dense modules to pack, whose columns a block fits")
+    _tell_of_dense(model, choice, found)
     return found
 
 
-def _tell_of_stacks(model: nn.Module, choice: Choice, found: Mapping[str, str]) -> None:
-    """Log the experts that stay dense because their layout is not `experts.py`'s: they are most of a mixture."""
+def _tell_of_dense(model: nn.Module, choice: Choice, found: Mapping[str, str]) -> None:
+    """Log the large matrices that stay dense though the rules are for them: other kinds of layers, experts whose
+    layout is not `experts.py`'s, columns that no block fits, weights that the model's code looks at."""
     left = {
         name: part.numel() * part.element_size()
         for name, part in model.named_parameters()
-        if part.dim() == 3 and part.numel() >= STACK and name not in found and not kept(name) and choice.wants(name)
-    }
+        if part.dim() in (2, 3) and part.numel() >= LARGE and part.is_floating_point()
+        and name.removesuffix(".weight") not in found and not kept(name) and choice.wants(name.removesuffix(".weight"))
+    }  # fmt: skip
     if left:
         logger.warning(
-            "%d parameters of three dimensions stay dense, %.2f GB: %s …",
-            len(left), sum(left.values()) / 1e9, next(iter(left)),
+            "%d matrices stay dense, %.2f GB: %s …", len(left), sum(left.values()) / 1e9, next(iter(left))
         )  # fmt: skip
 
 
@@ -122,7 +132,8 @@ def _candidates(model: nn.Module) -> Iterator[tuple[str, tuple[int, ...]]]:
     """(name, shape of the weight) of what could be packed."""
     for name, module in model.named_modules():
         if is_linear(module) or is_embedding(module):
-            yield name, tuple(module.weight.shape)
+            shape = tuple(module.weight.shape)
+            yield name, shape[::-1] if isinstance(module, Conv1D) else shape
         elif is_experts(module):
             yield from ((f"{name}.{part}", tuple(getattr(module, part).shape)) for part in PARTS)
 
@@ -152,17 +163,18 @@ def expect_(model: nn.Module, types: Mapping[str, str], dtype: torch.dtype, pack
                 model.set_submodule(name, replacement(model.get_submodule(name), type, dtype, packed))
 
 
-def _share(model: nn.Module, found: dict[str, str]) -> None:
-    names = {id(module): name for name, module in model.named_modules()}
-    ends = (model.get_input_embeddings(), model.get_output_embeddings())  # type: ignore[operator]
-    if any(end is None for end in ends):
-        return
-    embedding, head = (names[id(end)] for end in ends)
-    if embedding in found and head in found:
-        found[head] = found[embedding]
-    else:  # one tensor: it is packed for both or for none
-        found.pop(embedding, None)
-        found.pop(head, None)
+def _share(model: nn.Module, found: dict[str, str], forced: Mapping[str, str]) -> None:
+    """One tensor is packed once: all modules that share it get one type, an override's or the head's, or none does."""
+    for names in tied_groups(model):
+        if not all(name in found for name in names):
+            for name in names:
+                found.pop(name, None)
+            continue
+        asked = {forced[name] for name in names if name in forced}
+        if len(asked) > 1:
+            raise ConfigError("overrides", sorted(asked), f"one type for {', '.join(names)}, which share a tensor")
+        first = min(names, key=lambda name: _ENDS.get(role(name), len(_ENDS)))
+        found.update(dict.fromkeys(names, asked.pop() if asked else found[first]))
 
 
 def replacement(module: nn.Module, type: str, dtype: torch.dtype, packed: bool) -> GgufLinear | GgufEmbedding:
@@ -175,5 +187,7 @@ def replacement(module: nn.Module, type: str, dtype: torch.dtype, packed: bool) 
             module.num_embeddings, module.embedding_dim, type, dtype, scale, module.padding_idx, packed
         )
     if isinstance(module, Conv1D):  # GPT-2's linear, whose dense weight is (inputs, outputs)
-        return GgufLinear(module.nx, module.nf, True, type, packed)
+        new = GgufLinear(module.nx, module.nf, True, type, packed)
+        new.transposed = True
+        return new
     return GgufLinear(module.in_features, module.out_features, module.bias is not None, type, packed)  # type: ignore[arg-type]

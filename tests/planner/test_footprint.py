@@ -18,6 +18,7 @@ from hf_ctxopt.planner.footprint import GRAPH, KvLayout, activation_bytes, logit
 from hf_ctxopt.planner.ladder import Rung
 from hf_ctxopt.planner.schemes import SCHEMES, weight_bytes
 from hf_ctxopt.planner.speed import token_ms
+from hf_ctxopt.weights.in_memory import quantize_
 from hf_ctxopt.weights.sizes import size_of
 from tests.planner.models import GIB, KNOWN, facts
 
@@ -108,6 +109,27 @@ def test_a_mix_differs_from_its_file_by_what_stays_in_16_bits() -> None:
     config = AutoConfig.for_model(**KNOWN["Llama-3.1-8B"].config)
     plain = sum(matrix.numel for matrix in facts("Llama-3.1-8B").matrices if len(matrix.shape) < 2)
     assert weight_bytes(facts("Llama-3.1-8B"), "Q4_K_M").total == size_of(config, "Q4_K_M") - 2 * plain
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {
+            "model_type": "falcon",
+            "vocab_size": 128,
+            "hidden_size": 256,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+        },
+        {"model_type": "gpt2", "vocab_size": 128, "n_embd": 256, "n_layer": 2, "n_head": 4, "n_positions": 64},
+    ],
+    ids=lambda config: str(config["model_type"]),
+)
+def test_linears_of_other_classes_are_planned_as_they_are_packed(config: dict[str, Any]) -> None:
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config), dtype=torch.bfloat16)
+    quantize_(model, "Q4_K_M")
+    held = sum(part.nbytes for part in model.parameters())
+    assert weight_bytes(facts_of(config), "Q4_K_M").total == held
 
 
 def test_nf4_is_what_bitsandbytes_held() -> None:

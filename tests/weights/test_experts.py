@@ -136,7 +136,7 @@ def test_other_layouts_stay_dense_and_are_named(
     model = mixture("mixtral")
     for layer in model.model.layers:
         layer.mlp.experts.is_transposed = True
-    monkeypatch.setattr(selection, "STACK", 1)
+    monkeypatch.setattr(selection, "LARGE", 1)
     with caplog.at_level(logging.WARNING):
         hf_ctxopt.quantize_(model, "Q8_0")
     assert not experts_of(model)

@@ -9,6 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import hf_ctxopt
+from hf_ctxopt.weights import in_memory
 from hf_ctxopt.weights.codecs import decode, encode, encode_searched
 from hf_ctxopt.weights.linear import GgufEmbedding, GgufLinear
 from hf_ctxopt.weights.matmul import decoded_matmul
@@ -66,14 +67,106 @@ def test_in_memory_equals_in_situ(tmp_path: Path) -> None:
     assert torch.equal(again(IDS).logits, model(IDS).logits)
 
 
-def test_failing_in_memory_leaves_a_dense_model() -> None:
-    model = tiny(False)
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -70000.0])
+def test_weights_that_cannot_be_packed_are_found_first(value: float) -> None:
+    model = tiny(True)
     with torch.no_grad():
-        model.model.layers[1].mlp.down_proj.weight[0, 0] = float("nan")
-    with pytest.raises(hf_ctxopt.ConfigError, match="finite"):
+        model.model.layers[1].mlp.down_proj.weight[0, 0] = value
+    before = {name: part.detach().clone() for name, part in model.named_parameters()}
+    with pytest.raises(hf_ctxopt.ConfigError, match="layers.1.mlp.down_proj.*finite"):
+        hf_ctxopt.quantize_(model)
+    for name, part in model.named_parameters():
+        torch.testing.assert_close(part.detach(), before[name], rtol=0, atol=0, equal_nan=True)
+    assert not any(isinstance(module, GgufLinear | GgufEmbedding) for module in model.modules())
+
+
+def test_an_interrupt_leaves_a_dense_rounded_model(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = tiny(True).requires_grad_(False)
+    model.model.norm.requires_grad_(True)
+    before = {name: part.detach().clone() for name, part in model.named_parameters()}
+    calls = iter(range(100))
+
+    def stopped(weight: torch.Tensor, type: str) -> torch.Tensor:
+        if next(calls) == 5:
+            raise KeyboardInterrupt
+        return encode_searched(weight, type)
+
+    monkeypatch.setattr(in_memory, "encode_searched", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        hf_ctxopt.quantize_(model, "Q8_0")
+    assert [name for name, part in model.named_parameters() if part.requires_grad] == ["model.norm.weight"]
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    changed = [name for name, part in model.named_parameters() if not torch.equal(part, before[name])]
+    assert len(changed) == 5
+    for name in changed:
+        want = decode(encode_searched(before[name], "Q8_0"), "Q8_0")
+        assert torch.equal(model.get_parameter(name), want)
+    assert "5 weights" in caplog.text
+    assert getattr(model.config, "quantization_config", None) is None
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_packed_model_moves_to_another_dtype(dtype: torch.dtype) -> None:
+    model = hf_ctxopt.quantize_(tiny(True), "Q8_0")
+    want = model(IDS).logits
+    blocks = model.model.embed_tokens.weight.clone()
+    model.to(dtype)
+    assert model.get_input_embeddings()(IDS).dtype is dtype
+    assert torch.equal(model.model.embed_tokens.weight, blocks)
+    got = model(IDS).logits
+    assert got.dtype is dtype
+    torch.testing.assert_close(got.float(), want, rtol=0.05, atol=0.05)
+    assert model.to("cpu").get_input_embeddings().dtype is dtype
+
+
+def test_packed_in_stages(tmp_path: Path) -> None:
+    model = hf_ctxopt.quantize_(tiny(True), "Q8_0", include=["mlp"])
+    hf_ctxopt.quantize_(model, "Q4_K_M", exclude=["mlp", "o_proj"])
+    config = model.config.quantization_config
+    assert (config.mix, config.types["model.layers.0.mlp.up_proj"]) == ("Q4_K_M", "Q8_0")
+    assert len(config.types) == 14
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(again(IDS).logits, model(IDS).logits)
+    hf_ctxopt.quantize_(again, "Q8_0")  # what is left
+    assert len(again.config.quantization_config.types) == 16
+    with pytest.raises(hf_ctxopt.ConfigError, match="include"):
+        hf_ctxopt.quantize_(again, "Q4_K_M")
+    assert len(again.config.quantization_config.types) == 16
+
+
+def test_rules_that_pack_nothing_are_refused(tmp_path: Path) -> None:
+    model = tiny(True)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(hf_ctxopt.ConfigError, match="include"):
+        hf_ctxopt.quantize_(model, include=["nothing"])
+    assert getattr(model.config, "quantization_config", None) is None
+    config = hf_ctxopt.GgufQuantConfig(include=["nothing"])
+    with pytest.raises(hf_ctxopt.ConfigError, match="include"):
+        AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=config)
+
+
+def test_a_model_on_the_meta_device_is_refused() -> None:
+    with torch.device("meta"):
+        model = tiny(True)
+    with pytest.raises(hf_ctxopt.ConfigError, match="meta device"):
         hf_ctxopt.quantize_(model)
     assert not any(isinstance(module, GgufLinear | GgufEmbedding) for module in model.modules())
-    assert model.model.layers[0].self_attn.q_proj.weight.shape == (256, 256)
+
+
+def test_dequantizing_in_place_is_refused() -> None:
+    model = hf_ctxopt.quantize_(tiny(True), "Q8_0")
+    with pytest.raises(hf_ctxopt.UnsupportedModelError, match="dense checkpoint"):
+        model.dequantize()
+
+
+def test_a_model_that_something_else_packed_is_refused() -> None:
+    model = tiny(True)
+    model.config.quantization_config = {"quant_method": "bitsandbytes"}
+    with pytest.raises(hf_ctxopt.ConfigError, match="hf_ctxopt has packed"):
+        hf_ctxopt.quantize_(model)
 
 
 @pytest.mark.parametrize(

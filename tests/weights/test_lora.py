@@ -86,3 +86,15 @@ def test_unloading_gives_the_packed_model_back() -> None:
     plain = ours.unload()
     assert isinstance(plain.model.layers[0].self_attn.q_proj, GgufLinear)
     assert torch.equal(plain(IDS).logits, want)
+
+
+def test_a_model_with_adapters_is_not_packed() -> None:
+    """Neither through PEFT's wrapper nor as the model inside: its adapters are linears like others."""
+    inside = tiny(False)
+    wrapped = peft.get_peft_model(inside, peft.LoraConfig(r=32, target_modules=["q_proj"]))
+    for model in (wrapped, inside):
+        with pytest.raises(hf_ctxopt.ConfigError, match="pack it first"):
+            hf_ctxopt.quantize_(model, "Q8_0")
+    assert all(part.dtype != torch.uint8 for part in wrapped.parameters())
+    assert sum(part.requires_grad for part in wrapped.parameters()) == 4
+    hf_ctxopt.quantize_(wrapped.unload(), "Q8_0")

@@ -1,0 +1,214 @@
+"""Models whose code or ties go against packing each module by itself."""
+
+from __future__ import annotations
+
+import copy
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    FalconConfig,
+    FalconForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    MambaConfig,
+    MambaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+from transformers.pytorch_utils import Conv1D
+
+import hf_ctxopt
+from hf_ctxopt.weights.blocks import packed_bytes
+from hf_ctxopt.weights.codecs import encode
+from hf_ctxopt.weights.gguf_load import load_gguf
+from hf_ctxopt.weights.linear import GgufEmbedding, GgufLinear
+from hf_ctxopt.weights.matmul import gguf_matmul
+from hf_ctxopt.weights.selection import Choice, types_of
+from hf_ctxopt.weights.sizes import weights_of
+from tests.weights.test_gguf_names import SMALL, write
+
+IDS = torch.arange(3, 15).view(1, -1)
+
+
+def t5(**changes: Any) -> T5ForConditionalGeneration:
+    torch.manual_seed(0)
+    config = T5Config(
+        vocab_size=128, d_model=256, d_kv=64, d_ff=256, num_layers=2, num_heads=4, decoder_start_token_id=0, **changes
+    )
+    return spread(T5ForConditionalGeneration(config))
+
+
+def mamba(tied: bool) -> MambaForCausalLM:
+    torch.manual_seed(0)
+    config = MambaConfig(
+        vocab_size=128, hidden_size=256, state_size=8, num_hidden_layers=2, tie_word_embeddings=tied
+    )  # fmt: skip
+    return spread(MambaForCausalLM(config))
+
+
+def bart() -> BartForConditionalGeneration:
+    torch.manual_seed(0)
+    config = BartConfig(
+        vocab_size=128, d_model=256, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4,
+        decoder_attention_heads=4, encoder_ffn_dim=256, decoder_ffn_dim=256, max_position_embeddings=64,
+    )  # fmt: skip
+    return spread(BartForConditionalGeneration(config))
+
+
+def falcon() -> FalconForCausalLM:
+    torch.manual_seed(0)
+    config = FalconConfig(vocab_size=128, hidden_size=256, num_hidden_layers=2, num_attention_heads=4)
+    return spread(FalconForCausalLM(config))
+
+
+def gpt2() -> GPT2LMHeadModel:
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=128, n_embd=256, n_layer=2, n_head=4, n_positions=64)
+    return spread(GPT2LMHeadModel(config))
+
+
+def spread(model: Any) -> Any:
+    """Matrices far enough from zero for an output that tells models apart."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 2:
+                parameter.normal_(0, 0.05)
+    model.tie_weights()
+    return model.eval()
+
+
+def logits(model: Any) -> torch.Tensor:
+    more = {"decoder_input_ids": IDS} if model.config.is_encoder_decoder else {}
+    with torch.no_grad():
+        out: torch.Tensor = model(input_ids=IDS, **more).logits
+    return out
+
+
+def as_decoded(model: Any, dense: Any) -> None:
+    """`model` gives what its dense twin gives with the decoded weights in the packed modules' places."""
+    for name, module in model.named_modules():
+        if isinstance(module, GgufLinear | GgufEmbedding):
+            twin, values = dense.get_submodule(name), module.dequantize()
+            twin.weight.data = values.T.contiguous() if isinstance(twin, Conv1D) else values
+    torch.testing.assert_close(logits(model), logits(dense), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("feed_forward", ["relu", "gated-gelu"])
+def test_a_layer_whose_dtype_the_model_reads_stays_dense(feed_forward: str) -> None:
+    model = t5(feed_forward_proj=feed_forward)
+    dense = copy.deepcopy(model)
+    hf_ctxopt.quantize_(model, "Q8_0")
+    feed = model.encoder.block[0].layer[1].DenseReluDense
+    assert type(feed.wo) is nn.Linear
+    assert isinstance(feed.wi_0 if feed_forward == "gated-gelu" else feed.wi, GgufLinear)
+    as_decoded(model, dense)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_head_of_mamba_stays_dense(tied: bool) -> None:
+    model = mamba(tied)
+    dense = copy.deepcopy(model)
+    hf_ctxopt.quantize_(model, "Q8_0")
+    assert type(model.lm_head) is nn.Linear
+    assert isinstance(model.get_input_embeddings(), GgufEmbedding) is not tied
+    assert isinstance(model.backbone.layers[0].mixer.in_proj, GgufLinear)
+    as_decoded(model, dense)
+
+
+@pytest.mark.parametrize("build", [t5, bart])
+def test_modules_that_share_a_tensor_share_its_type(build: Any, tmp_path: Path) -> None:
+    model = build()
+    dense = copy.deepcopy(model)
+    dense.save_pretrained(tmp_path / "dense")
+    hf_ctxopt.quantize_(model, "Q4_K_M")
+    types = model.config.quantization_config.types
+    tied = [name for name in types if re.search(r"shared|embed_tokens|lm_head", name)]
+    assert len(tied) == 4
+    assert {types[name] for name in tied} == {"Q6_K"}
+    assert model.lm_head.weight is model.get_input_embeddings().weight
+    kind = type(model)
+    loaded = kind.from_pretrained(tmp_path / "dense", quantization_config=hf_ctxopt.GgufQuantConfig("Q4_K_M"))
+    model.save_pretrained(tmp_path / "packed")
+    again = kind.from_pretrained(tmp_path / "packed")
+    assert torch.equal(logits(loaded), logits(model))
+    assert torch.equal(logits(again), logits(model))
+    as_decoded(model, dense)
+
+
+@pytest.mark.parametrize("build", [falcon, gpt2])
+@pytest.mark.parametrize("mix", ["Q8_0", "Q4_K_M"])
+def test_linears_of_other_classes_are_packed(build: Any, mix: str, tmp_path: Path) -> None:
+    model = build()
+    dense = copy.deepcopy(model)
+    dense.save_pretrained(tmp_path / "dense")
+    hf_ctxopt.quantize_(model, mix)
+    left = [name for name, part in model.named_parameters() if part.dim() == 2 and part.is_floating_point()]
+    assert [name for name in left if "wpe" not in name] == []
+    packed = sum(part.nbytes for part in model.parameters() if part.dtype == torch.uint8)
+    sizes = [shape for name, shape in weights_of(dense) if len(shape) == 2 and "wpe" not in name]
+    assert mix != "Q8_0" or packed == sum(packed_bytes(shape, "Q8_0") for shape in sizes)
+    loaded = type(model).from_pretrained(tmp_path / "dense", quantization_config=hf_ctxopt.GgufQuantConfig(mix))
+    model.save_pretrained(tmp_path / "packed")
+    again = type(model).from_pretrained(tmp_path / "packed")
+    assert torch.equal(logits(loaded), logits(model))
+    assert torch.equal(logits(again), logits(model))
+    as_decoded(model, dense)
+
+
+def test_large_matrices_that_stay_dense_are_told_of(caplog: pytest.LogCaptureFixture) -> None:
+    class Scaled(nn.Linear):
+        pass
+
+    model = gpt2()
+    model.transformer.h[0].mlp.c_fc = Scaled(1024, 1024, bias=False)
+    types_of(model, Choice("Q8_0"))
+    assert "1 matrices stay dense, 0.00 GB: transformer.h.0.mlp.c_fc.weight" in caplog.text
+    caplog.clear()
+    types_of(model, Choice("Q8_0", exclude=["h.0.mlp"]))
+    assert "stay dense" not in caplog.text
+
+
+def test_an_override_of_one_module_counts_for_those_that_share_its_tensor() -> None:
+    model = t5()
+    types = types_of(model, Choice("Q4_K_M", overrides={"lm_head": "Q8_0"}))
+    assert {types[name] for name in ("shared", "encoder.embed_tokens", "lm_head")} == {"Q8_0"}
+    with pytest.raises(hf_ctxopt.ConfigError, match="share a tensor"):
+        types_of(model, Choice("Q4_K_M", overrides={"lm_head": "Q8_0", "shared": "Q6_K"}))
+
+
+def test_a_tensor_that_one_module_may_not_pack_stays_dense() -> None:
+    types = types_of(t5(), Choice("Q4_K_M", exclude=["decoder.embed_tokens"]))
+    assert types
+    assert not any(re.search(r"shared|embed_tokens|lm_head", name) for name in types)
+
+
+def test_a_file_s_layers_that_the_model_looks_at_are_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path / "model.gguf", "gpt2", GPT2Config(**SMALL["gpt2"]))
+    want = logits(load_gguf(tmp_path / "model.gguf")[0])
+    monkeypatch.setattr(GPT2LMHeadModel, "_keep_in_fp32_modules", ["wte", "c_fc"])
+    model, _ = load_gguf(tmp_path / "model.gguf")
+    assert isinstance(model.transformer.h[0].mlp.c_fc, Conv1D)
+    assert isinstance(model.transformer.h[0].mlp.c_proj, GgufLinear)
+    assert type(model.lm_head) is nn.Linear  # it is the embedding's tensor
+    torch.testing.assert_close(logits(model), want, rtol=1e-3, atol=1e-4)
+
+
+def test_activations_that_are_not_floating_are_refused() -> None:
+    packed = encode(torch.randn(4, 64), "Q8_0")
+    with pytest.raises(hf_ctxopt.ConfigError, match="activations"):
+        gguf_matmul(torch.zeros(2, 64, dtype=torch.uint8), packed, "Q8_0")
+
+
+@pytest.mark.parametrize("rows", [1, 40])
+def test_activations_of_other_columns_are_refused(rows: int) -> None:
+    packed = encode(torch.randn(4, 256), "Q4_K")
+    for wrong in (128, 512):
+        with pytest.raises(hf_ctxopt.ConfigError, match=f"{wrong}: allowed is 256"):
+            gguf_matmul(torch.zeros(rows, wrong), packed, "Q4_K")
