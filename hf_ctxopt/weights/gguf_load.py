@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ..errors import ConfigError, CorruptFileError, UnsupportedModelError
+from ..errors import ConfigError, CorruptFileError
 from .codecs import decode
 from .config import GgufQuantConfig
 from .experts import experts_part
+from .gguf_checks import check_metadata, check_shapes, describing
 from .gguf_file import GgufFile, need_gguf
 from .gguf_names import NamedTensor, named_tensors
 from .gguf_rope import FREQUENCIES, scaling_in
@@ -45,7 +46,8 @@ def load_gguf(path: str | os.PathLike[str], dtype: torch.dtype | None = None, **
 
     Raises:
         ConfigError: options that contradict the file; a dtype that is not floating.
-        CorruptFileError: the file is no sound GGUF file, or lacks tensors of its model.
+        CorruptFileError: the file is no sound GGUF file, its metadata and tensors contradict each other, or it lacks
+            tensors of its model.
         UnsupportedModelError: an architecture that transformers or we cannot convert.
         CtxoptError: the package `gguf` is missing.
     """
@@ -58,8 +60,10 @@ def load_gguf(path: str | os.PathLike[str], dtype: torch.dtype | None = None, **
     need_gguf()
     file = GgufFile(path)
     config = gguf_config(file)
-    skeleton = meta_model(config)
-    state, types = _state(file, skeleton, dtype)
+    with describing(file):
+        skeleton = meta_model(config)
+        state, types = _state(file, skeleton, dtype)
+    check_shapes(file, skeleton, state, types)
     if getattr(config, "tie_word_embeddings", False):
         _share_type(skeleton, types)
     if types:
@@ -79,14 +83,14 @@ def gguf_config(file: GgufFile) -> Any:
 
     Raises:
         UnsupportedModelError: an architecture that transformers cannot convert.
+        CorruptFileError: metadata that describe no model, or another than the tensors are of.
     """
     from transformers import AutoConfig
 
     place = Path(file.header.path)
-    try:
+    check_metadata(file)
+    with describing(file):
         config = AutoConfig.from_pretrained(place.parent, gguf_file=place.name, local_files_only=True)
-    except ValueError as error:
-        raise UnsupportedModelError(f"{place}: transformers cannot convert {file.architecture}: {error}") from error
     if getattr(config, "quantization_config", None) is not None:
         del config.quantization_config
     _scale_rotary(file, config)
