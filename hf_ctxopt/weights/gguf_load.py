@@ -21,6 +21,7 @@ from .gguf_names import NamedTensor, named_tensors
 from .gguf_rope import FREQUENCIES, scaling_in
 from .selection import is_embedding, is_linear
 from .sizes import meta_model
+from .upstream import reading_once
 
 logger = logging.getLogger(__name__)
 _WIDTHS = {
@@ -59,7 +60,8 @@ def load_gguf(path: str | os.PathLike[str], dtype: torch.dtype | None = None, **
         raise ConfigError("dtype", str(dtype), "a floating dtype")
     need_gguf()
     file = GgufFile(path)
-    config = gguf_config(file)
+    with reading_once():
+        config, tokenizer = gguf_config(file), _tokenizer(file)
     with describing(file):
         skeleton = meta_model(config)
         state, types = _state(file, skeleton, dtype)
@@ -75,7 +77,7 @@ def load_gguf(path: str | os.PathLike[str], dtype: torch.dtype | None = None, **
     if report["missing_keys"]:
         missing = ", ".join(sorted(report["missing_keys"])[:3])
         raise CorruptFileError(file.header.path, f"tensors are missing for {missing}")
-    return model.eval(), _tokenizer(file)
+    return model.eval(), tokenizer
 
 
 def gguf_config(file: GgufFile) -> Any:

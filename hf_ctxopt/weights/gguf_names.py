@@ -70,7 +70,7 @@ def named_tensors(file: GgufFile, model: Any) -> Iterator[NamedTensor]:
     facts.setdefault("num_key_value_heads", facts.get("num_attention_heads"))
     processor = processors().get(architecture, plain_processor())(config=facts)
     try:  # by the file's architecture: a Mistral's file is a llama's, and gguf knows no other name for it
-        names = name_map()(model, processor, model_type=architecture)
+        names = name_map(model, processor, architecture)
     except NotImplementedError as error:
         raise UnsupportedModelError(
             f"{file.header.path}: gguf does not know the architecture {architecture}"

@@ -64,6 +64,27 @@ def test_missing_tensors_and_bad_options(tmp_path: Path, monkeypatch: pytest.Mon
         load_gguf(path)
 
 
+def test_names_and_metadata_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers builds gguf's table of names for each module, and parses the file for config and tokenizer each."""
+    calls: list[str] = []
+
+    def counted(name: str, made):
+        def call(*args, **options):
+            calls.append(name)
+            return made(*args, **options)
+
+        return call
+
+    path = tmp_path / "model.gguf"
+    write(path, "gpt2", AutoConfig.for_model("gpt2", **SMALL["gpt2"]), tokenizer="gpt2")
+    for name in ("get_tensor_name_map", "GGUFReader"):
+        monkeypatch.setattr(gguf, name, counted(name, getattr(gguf, name)))
+    before = gguf.GGUFReader
+    load_gguf(path)
+    assert sorted(calls) == ["GGUFReader", "get_tensor_name_map"]
+    assert gguf.GGUFReader is before
+
+
 def test_no_gguf_file(tmp_path: Path) -> None:
     (tmp_path / "a.gguf").write_bytes(b"GGUF" + bytes(40))
     with pytest.raises(CorruptFileError):
