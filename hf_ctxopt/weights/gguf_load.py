@@ -19,6 +19,7 @@ from .gguf_checks import check_metadata, check_shapes, describing
 from .gguf_file import GgufFile, need_gguf
 from .gguf_names import NamedTensor, named_tensors
 from .gguf_rope import FREQUENCIES, scaling_in
+from .mixes import MIXES
 from .selection import is_embedding, is_linear
 from .sizes import meta_model
 from .upstream import reading_once
@@ -69,7 +70,7 @@ def load_gguf(path: str | os.PathLike[str], dtype: torch.dtype | None = None, **
     if getattr(config, "tie_word_embeddings", False):
         _share_type(skeleton, types)
     if types:
-        config.quantization_config = GgufQuantConfig(types=types).to_dict()
+        config.quantization_config = GgufQuantConfig(file.mix or next(iter(MIXES)), types=types).to_dict()
     kind: Any = type(skeleton)
     model, report = kind.from_pretrained(
         None, config=config, state_dict=state, dtype=dtype, output_loading_info=True, **options

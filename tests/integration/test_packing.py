@@ -20,6 +20,7 @@ from hf_ctxopt.planner.schemes import SCHEMES, weight_bytes
 from hf_ctxopt.weights import others
 from hf_ctxopt.weights.linear import GgufLinear
 from hf_ctxopt.weights.others import OTHERS, check_other, install_line
+from hf_ctxopt.weights.stored import stored_scheme
 from tests.cli.tiny import tiny_tokenizer
 
 IDS = torch.arange(2, 30).view(1, -1)
@@ -114,6 +115,39 @@ def test_a_checkpoint_that_is_packed_otherwise_is_refused(monkeypatch: pytest.Mo
     assert check_scheme("Q4_K_M", "cpu", {"quant_method": "ctxopt_gguf", "mix": "Q4_K_M"})
     with pytest.raises(ConfigError, match="weights"):
         check_scheme("Q3", "cpu", None)
+
+
+def test_a_packed_checkpoint_is_planned_and_loaded_as_what_it_is(folder: Path, tmp_path: Path) -> None:
+    model = LlamaForCausalLM.from_pretrained(folder, quantization_config=hf_ctxopt.GgufQuantConfig("Q5_K_M"))
+    model.save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    found = hf_ctxopt.plan(tmp_path, vram="80GiB")
+    assert found.weights == "Q5_K_M"
+    assert hf_ctxopt.plan(tmp_path, vram="80GiB", weights=["Q5_K_M", "bf16"]).weights == "Q5_K_M"
+    assert hf_ctxopt.plan(folder, vram="80GiB").weights == "bf16"
+    for other in ("bf16", "Q6_K", "int8"):
+        with pytest.raises(ConfigError, match="Q5_K_M"):
+            hf_ctxopt.plan(tmp_path, vram="80GiB", weights=other)
+    with pytest.raises(ConfigError, match="packed as already"):
+        check_scheme("bf16", "cpu", {"quant_method": "ctxopt_gguf", "mix": "Q5_K_M"})
+    again, _ = hf_ctxopt.load(found, "cpu")
+    assert isinstance(again.model.layers[0].mlp.up_proj, GgufLinear)
+    with torch.no_grad():
+        torch.testing.assert_close(again(IDS).logits, model(IDS).logits, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("stored", "scheme"),
+    [
+        (None, None), ({"quant_method": "fp8"}, None), ({"quant_method": "gptq", "bits": 4}, "gptq"),
+        ({"quant_method": "bitsandbytes", "load_in_8bit": True, "load_in_4bit": False}, "int8"),
+        ({"quant_method": "bitsandbytes", "load_in_8bit": False, "load_in_4bit": True}, "nf4"),
+        ({"quant_method": "quanto", "weights": "int4"}, "quanto-int4"),
+        ({"quant_method": "quanto", "weights": "int8"}, "quanto-int8"),
+    ],
+)  # fmt: skip
+def test_the_scheme_of_a_checkpoint(stored: Any, scheme: str | None) -> None:
+    assert stored_scheme(stored) == scheme
 
 
 def loaded(folder: Path, weights: str, package: str | None) -> Any:
