@@ -21,7 +21,7 @@ _PLAIN = {
     "I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64,
 }  # fmt: skip
 # llama.cpp's `llama_ftype`; one that was guessed when the file was read has a bit more.
-_FILE_TYPES = {2: "Q4_0", 3: "Q4_1", 7: "Q8_0", 8: "Q5_0", 9: "Q5_1", 14: "Q4_K_S", 15: "Q4_K_M", 16: "Q5_K_S",
+FILE_TYPES = {2: "Q4_0", 3: "Q4_1", 7: "Q8_0", 8: "Q5_0", 9: "Q5_1", 14: "Q4_K_S", 15: "Q4_K_M", 16: "Q5_K_S",
                17: "Q5_K_M", 18: "Q6_K"}  # fmt: skip
 _GUESSED = 1024
 
@@ -61,8 +61,8 @@ class GgufFile:
         if not counts:
             return None
         said = self.metadata.get("general.file_type")
-        if isinstance(said, int) and said % _GUESSED in _FILE_TYPES:
-            return _FILE_TYPES[said % _GUESSED]
+        if isinstance(said, int) and said % _GUESSED in FILE_TYPES:
+            return FILE_TYPES[said % _GUESSED]
         most = max(counts, key=lambda type: counts[type])
         return next(mix for mix, base in MIXES.items() if base == most)
 
