@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -67,8 +68,7 @@ def load_gguf(path: str | os.PathLike[str], dtype: torch.dtype | None = None, **
         skeleton = meta_model(config)
         state, types = _state(file, skeleton, dtype)
     check_shapes(file, skeleton, state, types)
-    if getattr(config, "tie_word_embeddings", False):
-        _share_type(skeleton, types)
+    _share_types(skeleton, state, types)
     if types:
         config.quantization_config = GgufQuantConfig(file.mix or next(iter(MIXES)), types=types).to_dict()
     kind: Any = type(skeleton)
@@ -170,12 +170,15 @@ def _packable(module: nn.Module, named: NamedTensor) -> bool:
     return is_linear(module) or is_embedding(module)
 
 
-def _share_type(model: Any, types: dict[str, str]) -> None:
-    """A tied head is packed as its embedding is: they are one tensor."""
-    names = {id(module): name for name, module in model.named_modules()}
-    embedding, head = names[id(model.get_input_embeddings())], names[id(model.get_output_embeddings())]
-    if embedding in types:
-        types[head] = types[embedding]
+def _share_types(model: Any, state: Mapping[str, Tensor], types: dict[str, str]) -> None:
+    """A tied head, and the embeddings of encoder and decoder, are packed as what they are tied to: one tensor.
+
+    Not one that the file has a tensor of its own for: transformers then does not tie it.
+    """
+    for tied, source in model.all_tied_weights_keys.items():
+        owner = source.removesuffix(".weight")
+        if owner in types and source.endswith(".weight") and tied not in state:
+            types[tied.removesuffix(".weight")] = types[owner]
 
 
 def _tokenizer(file: GgufFile) -> Any:

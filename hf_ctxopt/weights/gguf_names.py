@@ -22,8 +22,8 @@ from .upstream import name_map, plain_processor, processors
 
 _EXPERTS = re.compile(r"(?P<stem>.*\.ffn_(?P<part>gate|up|down)_exps)\.weight$")
 # Architectures whose converters change values in a way that is not undone here (transformers keeps qwen35 packed
-# itself; mixture files of gpt-oss hold MXFP4, which it repacks).
-_OTHERS = {"qwen35", "qwen35moe", "gpt-oss", "gpt_oss"}
+# itself; mixture files of gpt-oss hold MXFP4, which it repacks), or that are no language model.
+_OTHERS = {"qwen35", "qwen35moe", "gpt-oss", "gpt_oss", "t5encoder"}
 _GPT2_TRANSPOSED = ("attn_qkv.weight", "ffn_down.weight", "ffn_up.weight", "attn_output.weight")
 
 
