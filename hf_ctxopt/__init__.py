@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from .planner.plan import Plan
     from .weights.config import GgufQuantConfig
     from .weights.gguf_load import load_gguf
+    from .weights.gguf_save import save_gguf
     from .weights.in_memory import quantize_
     from .weights.lora import packed_lora
 
@@ -70,6 +71,7 @@ __all__ = [
     "priorities_from_messages",
     "quantize_",
     "register",
+    "save_gguf",
     "save_store",
     "stores",
     "unpatch_model",
@@ -89,6 +91,7 @@ _LAZY = {
     "load_gguf": ".weights.gguf_load",
     "load_store": ".integration.saved",
     "priorities_from_messages": ".integration.messages",
+    "save_gguf": ".weights.gguf_save",
     "save_store": ".integration.saved",
     "stores": ".caches.stores",
     "make_cache": ".integration.build",

@@ -15,7 +15,7 @@ from ..planner.plan import Plan
 from ..planner.schemes import LOADED
 from ..planner.search import plan as make_plan
 from ..weights.gguf_file import GgufFile
-from ..weights.gguf_load import gguf_config
+from ..weights.gguf_load import gguf_config, load_gguf
 from ..weights.mixes import MIXES
 from ..weights.others import OTHERS, check_other
 from ..weights.roles import NAMES, Role
@@ -33,6 +33,9 @@ def load(
     **options: Any
 ) -> tuple[Any, Any]:  # fmt: skip
     """Load what a plan names, with its weights packed as planned, and patch it.
+
+    A `.gguf` file's blocks stay as they are where the plan's weights are the file's, as they are by default. For other
+    weights, and for parts on the host, it is unpacked to 16 bits first and packed again: that loses precision twice.
 
     Args:
         plan: a plan made from a folder, a `.gguf` file or a Hub id; or what `Plan.to_dict` made of one; or such a
@@ -62,8 +65,10 @@ def load(
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, **extra, **_hub(options))
-        model = _model(found, source, {**extra, **options}, place)
+        file = _as_it_is(found, source, extra)
+        model, tokenizer = (None, None) if file is None else _packed(file, options, place)
+        tokenizer = tokenizer or AutoTokenizer.from_pretrained(source, **extra, **_hub(options))
+        model = model or _model(found, source, {**extra, **options}, place)
     except LOAD_ERRORS as error:
         if isinstance(error, CtxoptError):
             raise
@@ -107,12 +112,29 @@ def _dtype(place: torch.device) -> torch.dtype:
     return torch.bfloat16 if native else torch.float16
 
 
+def _as_it_is(plan: Plan, source: str, extra: Mapping[str, Any]) -> GgufFile | None:
+    """The `.gguf` file of a plan that takes its weights as they are; other plans unpack it, and pack again."""
+    if "gguf_file" not in extra or plan.on_host:
+        return None
+    file = GgufFile(Path(source) / extra["gguf_file"])
+    return file if file.mix == plan.weights else None
+
+
+def _packed(file: GgufFile, options: Mapping[str, Any], place: torch.device) -> tuple[Any, Any]:
+    """Model and tokenizer of a `.gguf` file whose blocks stay as they are."""
+    options = {"dtype": _dtype(place), **options}
+    dtype = options.pop("dtype")
+    dtype = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
+    model, tokenizer = load_gguf(file.header.path, dtype, **options)
+    return model.to(place), tokenizer
+
+
 def _model(plan: Plan, source: str, options: dict[str, Any], place: torch.device) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     options = {"dtype": _dtype(place), **options}
     kept = [_pattern(_PARTS[part]) for part in plan.on_host]
-    from_gguf = "gguf_file" in options  # such a file is unpacked first, and then packed again
+    from_gguf = "gguf_file" in options  # such a file is unpacked first, and then packed as planned
     stored = None
     if from_gguf:
         options["config"] = gguf_config(GgufFile(Path(source) / options["gguf_file"]))

@@ -11,6 +11,7 @@ from ..weights.config import METHOD, GgufQuantConfig
 from ..weights.in_memory import quantize_
 from ..weights.mixes import MIXES
 from ..weights.others import OTHERS, check_other, other
+from ..weights.stored import method_of, stored_scheme
 from .chunking import compute_device
 
 
@@ -23,7 +24,8 @@ def check_scheme(weights: str, device: str, stored: Any) -> bool:
         stored: the `quantization_config` of the checkpoint's config, `None` for a dense one.
 
     Returns:
-        True where nothing is packed while loading: the checkpoint's weights are those asked for, or 16-bit ones are.
+        True where nothing is packed while loading: the checkpoint's weights are those asked for, or 16-bit ones are
+        and it holds none of another scheme.
 
     Raises:
         ConfigError: an unknown scheme, one that does not run on the device, or a checkpoint that is packed otherwise.
@@ -33,9 +35,9 @@ def check_scheme(weights: str, device: str, stored: Any) -> bool:
         raise ConfigError("weights", weights, f"one of {', '.join(SCHEMES)}")
     if weights in OTHERS:
         check_other(weights, device)
-    if weights == PLAIN:
+    method, mix = method_of(stored)
+    if weights == PLAIN and stored_scheme(stored) is None:
         return True
-    method, mix = _method(stored)
     if method is None:
         row = OTHERS.get(weights)
         if row is not None and row.make is None and row.pack is None:
@@ -87,7 +89,7 @@ def check_in_memory(model: Any, weights: str) -> bool:
     """
     if weights not in SCHEMES:
         raise ConfigError("weights", weights, f"one of {', '.join(SCHEMES)}")
-    method, mix = _method(getattr(model.config, "quantization_config", None))
+    method, mix = method_of(getattr(model.config, "quantization_config", None))
     # transformers 5.24 leaves its mark of a .gguf file on models that it has unpacked, too.
     integers = any(part.dim() > 1 and not part.is_floating_point() for part in model.parameters())
     packed = integers or method not in (None, "gguf")
@@ -109,12 +111,3 @@ def check_in_memory(model: Any, weights: str) -> bool:
 def pack_in_memory(model: Any, weights: str) -> None:
     """Pack a model where it is, after `check_in_memory`."""
     pack_loaded(model, weights, (), compute_device(model))
-
-
-def _method(stored: Any) -> tuple[str | None, str | None]:
-    """The quantization method of a config and, of our own, the mix."""
-    if stored is None:
-        return None, None
-    values = stored if isinstance(stored, dict) else vars(stored)
-    method = values.get("quant_method")
-    return str(getattr(method, "value", method)), values.get("mix") if method == METHOD else None

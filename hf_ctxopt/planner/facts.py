@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError, UnsupportedModelError
+from ..weights.gguf_file import GgufFile
 from ..weights.mixes import Shape
 from ..weights.roles import Role, layer_of, role
 from ..weights.sizes import meta_model, shape_of, weights_of
+from ..weights.stored import stored_scheme
 
 _LENGTH_SCALED = ("dynamic", "longrope")
 
@@ -83,6 +85,8 @@ class ModelFacts:
         item: bytes of an element of K and V.
         loaded: bytes of (layers, embedding, head) of a model that is loaded, on its device; `None` for a config.
         packed: whether the weights of a loaded model are not plain matrices.
+        stored: scheme that the checkpoint's weights are packed as; `None` for plain ones, a model, or a format that is
+            no scheme here, which counts as plain.
         other_layers: layers with a state of their own kind (linear attention), which is not counted.
     """
 
@@ -102,12 +106,18 @@ class ModelFacts:
     item: int = 2
     loaded: tuple[int, int, int] | None = None
     packed: bool = False
+    stored: str | None = None
     other_layers: int = 0
 
     @property
     def tied(self) -> bool:
         """Whether embedding and head are one matrix."""
         return self.shape.tied
+
+    @property
+    def repackable(self) -> bool:
+        """Whether other weights than `stored` can be made of it: a `.gguf` file's are unpacked for that."""
+        return self.stored is None or (self.source or "").endswith(".gguf")
 
 
 def facts_of(model: Any) -> ModelFacts:
@@ -131,25 +141,38 @@ def facts_of(model: Any) -> ModelFacts:
     source = None
     if isinstance(model, str | Path):
         source = str(Path(model).parent if Path(model).name == "config.json" else model)
-        model = _config_at(str(model))
+        file = _gguf_file(str(model))
+        model = _config_at(str(model), file)
+        if file is not None:
+            return _facts(model, None, source, file.mix)
     elif isinstance(model, Mapping):
         model = _config_of(model)
     if not hasattr(model, "get_text_config"):
         raise ConfigError("model", type(model).__name__, "a transformers model or config, a dictionary or a path")
-    return _facts(model, None, source)
+    return _facts(model, None, source, stored_scheme(getattr(model, "quantization_config", None)))
 
 
-def _config_at(spec: str) -> Any:
+def _gguf_file(spec: str) -> GgufFile | None:
+    path = Path(spec).expanduser()
+    return GgufFile(path) if path.suffix == ".gguf" and path.is_file() else None
+
+
+def _config_at(spec: str, file: GgufFile | None) -> Any:
     from transformers import AutoConfig
 
     path = Path(spec).expanduser()
-    extra = {}
-    if path.suffix == ".gguf" and path.is_file():
-        path, extra = path.parent, {"gguf_file": path.name}
-    elif not path.exists() and (path.is_absolute() or spec.startswith((".", "~")) or spec.count("/") > 1):
+    if (
+        file is None
+        and not path.exists()
+        and (path.is_absolute() or spec.startswith((".", "~")) or spec.count("/") > 1)
+    ):
         raise ConfigError("model", spec, "an existing folder, config.json or .gguf file, or a Hub id")
     try:
-        return AutoConfig.from_pretrained(str(path) if path.exists() else spec, **extra)
+        if file is not None:
+            from ..weights.gguf_load import gguf_config
+
+            return gguf_config(file)
+        return AutoConfig.from_pretrained(str(path) if path.exists() else spec)
     except (OSError, ValueError, KeyError, ImportError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ConfigError("model", spec, f"one whose config transformers can read ({reason})") from error
@@ -166,7 +189,7 @@ def _config_of(values: Mapping[str, Any]) -> Any:
         raise ConfigError("model_type", kind, "a type that this version of transformers knows") from error
 
 
-def _facts(config: Any, model: Any, source: str | None) -> ModelFacts:
+def _facts(config: Any, model: Any, source: str | None, stored: str | None = None) -> ModelFacts:
     text = config.get_text_config(decoder=True)
     if getattr(config, "is_encoder_decoder", False):
         raise UnsupportedModelError(f"{config.model_type}: encoder-decoder models cannot be planned for")
@@ -192,7 +215,7 @@ def _facts(config: Any, model: Any, source: str | None) -> ModelFacts:
         layers=int(text.num_hidden_layers), hidden=hidden, inner=max(inner, int(narrow * chosen)),
         heads=int(text.num_attention_heads), vocab=int(text.vocab_size), active=min(1.0, chosen / experts),
         item=2 if model is None else _item(model), loaded=None if model is None else _loaded(model),
-        packed=model is not None and _packed(model), other_layers=others,
+        packed=model is not None and _packed(model), stored=stored, other_layers=others,
     )  # fmt: skip
 
 

@@ -80,6 +80,11 @@ def ladder(weights: str | Sequence[str] | None, kv_bits: tuple[int, int] | None)
     return list(_rungs(schemes, kv_bits))
 
 
+def worse(scheme: str) -> tuple[str, ...]:
+    """The schemes tried by default that give up more quality than `scheme`, best first."""
+    return tuple(name for name in WEIGHTS if _BEST_FIRST.index(name) > _BEST_FIRST.index(scheme))
+
+
 def _rungs(schemes: Sequence[str], kv_bits: tuple[int, int] | None) -> Iterator[Rung]:
     for scheme in schemes:
         for bits in FINE if kv_bits is None else (kv_bits,):

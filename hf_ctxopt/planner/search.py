@@ -12,7 +12,7 @@ from .facts import ModelFacts, facts_of
 from .fit import Card, Choice, Task
 from .footprint import chunks_for, reserve_of
 from .hardware import Device, best_device, bytes_of, device_of, from_profile, of_memory
-from .ladder import Rung, ladder
+from .ladder import Rung, ladder, worse
 from .needs import ERROR, Needs, described
 from .plan import Plan
 from .profiles import profile
@@ -66,7 +66,8 @@ def plan(
         goal: `"quality"`: the best quality that holds the context. `"context"`: the same, with the trained length as
             context. `"speed"`: the fewest milliseconds per token that 4-bit weights and pages allow, and two bits
             rather than the host where those do not hold the context.
-        weights: scheme or schemes to choose from (`schemes.SCHEMES`).
+        weights: scheme or schemes to choose from (`schemes.SCHEMES`). By default the ladder's; of a checkpoint that is
+            packed only its own, of a `.gguf` file its own and the smaller ones that it can be packed as again.
         kv_bits: bits of K and V; by default the ladder's.
         kv_budget: bytes of pages that must fit.
         reserve: bytes to leave alone; by default 1 GiB up to 8 GiB of memory, then 12 %.
@@ -86,10 +87,22 @@ def plan(
     facts = facts_of(model)
     card = _card(facts, model, vram, gpu, device, reserve)
     live = facts.loaded is not None and weights is None
-    rungs = ladder(LOADED if live else weights, _bits(kv_bits, page_size))
+    rungs = ladder(LOADED if live else _schemes(facts, weights), _bits(kv_bits, page_size))
     budget = None if kv_budget is None else bytes_of("kv_budget", kv_budget)
     task = Task(facts=facts, card=card, batch=batch, agents=agents, page_size=page_size, kv_budget=budget)
     return _Search(task, rungs, goal, context, _needs(probe, context)).run()
+
+
+def _schemes(facts: ModelFacts, weights: str | Sequence[str] | None) -> str | Sequence[str] | None:
+    """What there is to choose from: a checkpoint's own scheme; of a `.gguf` file, also those that give up more."""
+    if facts.stored is None:
+        return weights
+    if facts.repackable:
+        return (facts.stored, *worse(facts.stored)) if weights is None else weights
+    named = (facts.stored,) if weights is None else (weights,) if isinstance(weights, str) else tuple(weights)
+    if facts.stored not in named:
+        raise ConfigError("weights", weights, f"{facts.stored}: {facts.name} is packed so already")
+    return facts.stored
 
 
 class _Search:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -13,11 +14,16 @@ from ..errors import ConfigError, CtxoptError
 from .blocks import BLOCKS
 from .codecs import decode
 from .gguf_header import Header, TensorPlace, read_header
+from .mixes import MIXES
 
 _PLAIN = {
     "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64,
     "I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64,
 }  # fmt: skip
+# llama.cpp's `llama_ftype`; one that was guessed when the file was read has a bit more.
+FILE_TYPES = {2: "Q4_0", 3: "Q4_1", 7: "Q8_0", 8: "Q5_0", 9: "Q5_1", 14: "Q4_K_S", 15: "Q4_K_M", 16: "Q5_K_S",
+               17: "Q5_K_M", 18: "Q6_K"}  # fmt: skip
+_GUESSED = 1024
 
 
 class GgufFile:
@@ -44,6 +50,21 @@ class GgufFile:
     @property
     def architecture(self) -> str:
         return str(self.metadata["general.architecture"])
+
+    @property
+    def mix(self) -> str | None:
+        """The mix that it says it is, or the one named after the type of most of its weights; `None`: not packed."""
+        counts: dict[str, int] = {}
+        for place in self.tensors.values():
+            if place.type in BLOCKS:
+                counts[place.type] = counts.get(place.type, 0) + math.prod(place.shape)
+        if not counts:
+            return None
+        said = self.metadata.get("general.file_type")
+        if isinstance(said, int) and said % _GUESSED in FILE_TYPES:
+            return FILE_TYPES[said % _GUESSED]
+        most = max(counts, key=lambda type: counts[type])
+        return next(mix for mix, base in MIXES.items() if base == most)
 
     def packed(self, name: str) -> Tensor:
         """The tensor's bytes, uint8 (..., bytes of a row): a view of the file. Raises `ConfigError` if it has none."""

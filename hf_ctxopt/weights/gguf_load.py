@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +12,19 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ..errors import ConfigError, CorruptFileError, UnsupportedModelError
+from ..errors import ConfigError, CorruptFileError
 from .codecs import decode
 from .config import GgufQuantConfig
 from .experts import experts_part
+from .gguf_checks import check_metadata, check_shapes, describing
 from .gguf_file import GgufFile, need_gguf
 from .gguf_names import NamedTensor, named_tensors
 from .gguf_rope import FREQUENCIES, scaling_in
+from .mixes import MIXES
 from .precise import left_dense
 from .selection import is_embedding, is_linear
 from .sizes import meta_model
+from .upstream import reading_once
 
 logger = logging.getLogger(__name__)
 _WIDTHS = {
@@ -46,7 +50,8 @@ def load_gguf(path: str | os.PathLike[str], dtype: torch.dtype | None = None, **
 
     Raises:
         ConfigError: options that contradict the file; a dtype that is not floating.
-        CorruptFileError: the file is no sound GGUF file, or lacks tensors of its model.
+        CorruptFileError: the file is no sound GGUF file, its metadata and tensors contradict each other, or it lacks
+            tensors of its model.
         UnsupportedModelError: an architecture that transformers or we cannot convert.
         CtxoptError: the package `gguf` is missing.
     """
@@ -58,13 +63,15 @@ def load_gguf(path: str | os.PathLike[str], dtype: torch.dtype | None = None, **
         raise ConfigError("dtype", str(dtype), "a floating dtype")
     need_gguf()
     file = GgufFile(path)
-    config = gguf_config(file)
-    skeleton = meta_model(config)
-    state, types = _state(file, skeleton, dtype)
-    if getattr(config, "tie_word_embeddings", False):
-        _share_type(skeleton, types)
+    with reading_once():
+        config, tokenizer = gguf_config(file), _tokenizer(file)
+    with describing(file):
+        skeleton = meta_model(config)
+        state, types = _state(file, skeleton, dtype)
+    check_shapes(file, skeleton, state, types)
+    _share_types(skeleton, state, types)
     if types:
-        config.quantization_config = GgufQuantConfig(types=types).to_dict()
+        config.quantization_config = GgufQuantConfig(file.mix or next(iter(MIXES)), types=types).to_dict()
     kind: Any = type(skeleton)
     model, report = kind.from_pretrained(
         None, config=config, state_dict=state, dtype=dtype, output_loading_info=True, **options
@@ -72,7 +79,7 @@ def load_gguf(path: str | os.PathLike[str], dtype: torch.dtype | None = None, **
     if report["missing_keys"]:
         missing = ", ".join(sorted(report["missing_keys"])[:3])
         raise CorruptFileError(file.header.path, f"tensors are missing for {missing}")
-    return model.eval(), _tokenizer(file)
+    return model.eval(), tokenizer
 
 
 def gguf_config(file: GgufFile) -> Any:
@@ -80,14 +87,14 @@ def gguf_config(file: GgufFile) -> Any:
 
     Raises:
         UnsupportedModelError: an architecture that transformers cannot convert.
+        CorruptFileError: metadata that describe no model, or another than the tensors are of.
     """
     from transformers import AutoConfig
 
     place = Path(file.header.path)
-    try:
+    check_metadata(file)
+    with describing(file):
         config = AutoConfig.from_pretrained(place.parent, gguf_file=place.name, local_files_only=True)
-    except ValueError as error:
-        raise UnsupportedModelError(f"{place}: transformers cannot convert {file.architecture}: {error}") from error
     if getattr(config, "quantization_config", None) is not None:
         del config.quantization_config
     _scale_rotary(file, config)
@@ -166,12 +173,15 @@ def _packable(module: nn.Module, named: NamedTensor) -> bool:
     return is_linear(module) or is_embedding(module)
 
 
-def _share_type(model: Any, types: dict[str, str]) -> None:
-    """A tied head is packed as its embedding is: they are one tensor."""
-    names = {id(module): name for name, module in model.named_modules()}
-    embedding, head = names[id(model.get_input_embeddings())], names[id(model.get_output_embeddings())]
-    if embedding in types:
-        types[head] = types[embedding]
+def _share_types(model: Any, state: Mapping[str, Tensor], types: dict[str, str]) -> None:
+    """A tied head, and the embeddings of encoder and decoder, are packed as what they are tied to: one tensor.
+
+    Not one that the file has a tensor of its own for: transformers then does not tie it.
+    """
+    for tied, source in model.all_tied_weights_keys.items():
+        owner = source.removesuffix(".weight")
+        if owner in types and source.endswith(".weight") and tied not in state:
+            types[tied.removesuffix(".weight")] = types[owner]
 
 
 def _tokenizer(file: GgufFile) -> Any:

@@ -16,6 +16,7 @@ ARCHITECTURES: dict[str, tuple[str, str]] = {
     "mistral": ("llama", "mistral"),
     "qwen2": ("qwen2", "qwen2"),
     "qwen3": ("qwen3", "qwen3"),
+    "qwen3_moe": ("qwen3moe", "qwen3_moe"),
     "gemma2": ("gemma2", "gemma2"),
     "gemma3_text": ("gemma3", "gemma3"),
     "phi3": ("phi3", "phi3"),
@@ -62,8 +63,14 @@ def metadata_of(config: Any) -> dict[str, Any]:
     found[f"{architecture}.attention.key_length"] = found[f"{architecture}.attention.value_length"] = head
     for key, name in TOKENS.items():
         token = getattr(config, name, None)
-        if token is not None:
-            found[key] = token[0] if isinstance(token, list) else token
+        token = token[0] if isinstance(token, list) and token else token
+        if isinstance(token, int) and token >= 0:  # some configs say "none" by -1
+            found[key] = token
+    if family == "qwen3_moe":
+        if config.mlp_only_layers or config.decoder_sparse_step != 1 or not config.norm_topk_prob:
+            what = "with layers without experts, or shares of experts that do not sum to one"
+            raise UnsupportedModelError(f"no .gguf is written for a {family} {what}")
+        found[f"{architecture}.expert_feed_forward_length"] = config.moe_intermediate_size
     if getattr(config, "sliding_window", None):
         found[f"{architecture}.attention.sliding_window"] = config.sliding_window
     return found

@@ -22,8 +22,8 @@ from .upstream import name_map, plain_processor, processors
 
 _EXPERTS = re.compile(r"(?P<stem>.*\.ffn_(?P<part>gate|up|down)_exps)\.weight$")
 # Architectures whose converters change values in a way that is not undone here (transformers keeps qwen35 packed
-# itself; mixture files of gpt-oss hold MXFP4, which it repacks).
-_OTHERS = {"qwen35", "qwen35moe", "gpt-oss", "gpt_oss"}
+# itself; mixture files of gpt-oss hold MXFP4, which it repacks), or that are no language model.
+_OTHERS = {"qwen35", "qwen35moe", "gpt-oss", "gpt_oss", "t5encoder"}
 _GPT2_TRANSPOSED = ("attn_qkv.weight", "ffn_down.weight", "ffn_up.weight", "attn_output.weight")
 
 
@@ -70,7 +70,7 @@ def named_tensors(file: GgufFile, model: Any) -> Iterator[NamedTensor]:
     facts.setdefault("num_key_value_heads", facts.get("num_attention_heads"))
     processor = processors().get(architecture, plain_processor())(config=facts)
     try:  # by the file's architecture: a Mistral's file is a llama's, and gguf knows no other name for it
-        names = name_map()(model, processor, model_type=architecture)
+        names = name_map(model, processor, architecture)
     except NotImplementedError as error:
         raise UnsupportedModelError(
             f"{file.header.path}: gguf does not know the architecture {architecture}"

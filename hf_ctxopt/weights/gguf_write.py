@@ -28,8 +28,8 @@ class Weight:
     Args:
         parameter: transformers' name, e.g. `model.layers.0.self_attn.q_proj.weight`.
         type: block type, or `None` for plain values.
-        data: uint8 (..., bytes of a row) if packed, else floating; float16 and float32 are kept, others become
-            float32, and so do vectors.
+        data: uint8 (..., bytes of a row) if packed, else floating; float16, bfloat16 and float32 are kept, others
+            become float32, and so do vectors.
     """
 
     parameter: str
@@ -113,11 +113,15 @@ def _add(writer: Any, key: str, value: Any) -> None:
 
 
 def _plain(data: Tensor) -> torch.dtype:
-    return torch.float16 if data.dtype is torch.float16 and data.dim() > 1 else torch.float32
+    return data.dtype if data.dtype in (torch.float16, torch.bfloat16) and data.dim() > 1 else torch.float32
 
 
 def _announce(writer: Any, gguf: Any, name: str, weight: Weight) -> None:
     data = weight.data
+    if weight.type is None and _plain(data) is torch.bfloat16:  # numpy has none: bytes, two a weight
+        shape, kind = (*data.shape[:-1], 2 * data.shape[-1]), gguf.GGMLQuantizationType.BF16
+        writer.add_tensor_info(name, shape, np.dtype(np.uint8), 2 * data.numel(), raw_dtype=kind)
+        return
     if weight.type is None:
         dtype = np.dtype(np.float16 if _plain(data) is torch.float16 else np.float32)
         writer.add_tensor_info(name, tuple(data.shape), dtype, data.numel() * dtype.itemsize)
@@ -141,5 +145,6 @@ def _array(weight: Weight, config: Any, family: str) -> np.ndarray[Any, Any]:
         data = data.to(_plain(data))
         if family in PLUS_ONE and weight.parameter.endswith("norm.weight"):
             data = data + 1
+        data = data.contiguous().view(torch.uint8) if data.dtype is torch.bfloat16 else data
     array: np.ndarray[Any, Any] = data.contiguous().numpy()
     return array

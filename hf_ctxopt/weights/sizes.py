@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from ..errors import UnsupportedModelError
 from .blocks import packed_bytes
 from .mixes import Shape, tensor_type
 
@@ -34,14 +35,27 @@ def shape_of(config: Any) -> Shape:
 
 
 def meta_model(config: Any) -> nn.Module:
-    """A language model of `config`, which may read images or sound too, whose parameters take no memory."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM
+    """A language model of `config`, which may read images or sound too, whose parameters take no memory.
 
-    kinds: tuple[Any, ...] = (AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM)
-    kind = next((kind for kind in kinds if type(config) in kind._model_mapping), AutoModelForCausalLM)
+    Raises:
+        UnsupportedModelError: transformers has no model of that type that generates text.
+    """
+    import torch
+    from transformers import (
+        AutoModelForCausalLM,
+        AutoModelForImageTextToText,
+        AutoModelForMultimodalLM,
+        AutoModelForSeq2SeqLM,
+    )
+
+    kinds: list[Any] = [AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM]
+    # The decoder of some of these is a causal model of its own: it comes second.
+    kinds.insert(0 if getattr(config, "is_encoder_decoder", False) else len(kinds), AutoModelForSeq2SeqLM)
+    kind = next((kind for kind in kinds if type(config) in kind._model_mapping), None)
+    if kind is None and not hasattr(config, "auto_map"):
+        raise UnsupportedModelError(f"{config.model_type}: transformers has no model of that type that generates text")
     with torch.device("meta"):
-        model: nn.Module = kind.from_config(config)
+        model: nn.Module = (kind or AutoModelForCausalLM).from_config(config)
     return model
 
 

@@ -7,20 +7,26 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
+import gguf
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import hf_ctxopt
 from hf_ctxopt import ConfigError, CtxoptError
+from hf_ctxopt.integration import load
 from hf_ctxopt.integration.packing import check_in_memory, check_scheme, loading_config
 from hf_ctxopt.planner.facts import facts_of
 from hf_ctxopt.planner.ladder import ladder
 from hf_ctxopt.planner.schemes import SCHEMES, weight_bytes
 from hf_ctxopt.weights import others
+from hf_ctxopt.weights.codecs import encode
+from hf_ctxopt.weights.gguf_file import GgufFile
 from hf_ctxopt.weights.linear import GgufLinear
 from hf_ctxopt.weights.others import OTHERS, check_other, install_line
+from hf_ctxopt.weights.stored import stored_scheme
 from tests.cli.tiny import tiny_tokenizer
+from tests.weights.test_gguf_names import SMALL, write
 
 IDS = torch.arange(2, 30).view(1, -1)
 CUDA_ONLY = {"torchao-int4"}
@@ -114,6 +120,74 @@ def test_a_checkpoint_that_is_packed_otherwise_is_refused(monkeypatch: pytest.Mo
     assert check_scheme("Q4_K_M", "cpu", {"quant_method": "ctxopt_gguf", "mix": "Q4_K_M"})
     with pytest.raises(ConfigError, match="weights"):
         check_scheme("Q3", "cpu", None)
+
+
+def test_a_packed_checkpoint_is_planned_and_loaded_as_what_it_is(folder: Path, tmp_path: Path) -> None:
+    model = LlamaForCausalLM.from_pretrained(folder, quantization_config=hf_ctxopt.GgufQuantConfig("Q5_K_M"))
+    model.save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    found = hf_ctxopt.plan(tmp_path, vram="80GiB")
+    assert found.weights == "Q5_K_M"
+    assert hf_ctxopt.plan(tmp_path, vram="80GiB", weights=["Q5_K_M", "bf16"]).weights == "Q5_K_M"
+    assert hf_ctxopt.plan(folder, vram="80GiB").weights == "bf16"
+    for other in ("bf16", "Q6_K", "int8"):
+        with pytest.raises(ConfigError, match="Q5_K_M"):
+            hf_ctxopt.plan(tmp_path, vram="80GiB", weights=other)
+    with pytest.raises(ConfigError, match="packed as already"):
+        check_scheme("bf16", "cpu", {"quant_method": "ctxopt_gguf", "mix": "Q5_K_M"})
+    again, _ = hf_ctxopt.load(found, "cpu")
+    assert isinstance(again.model.layers[0].mlp.up_proj, GgufLinear)
+    with torch.no_grad():
+        torch.testing.assert_close(again(IDS).logits, model(IDS).logits, rtol=1e-2, atol=1e-2)
+
+
+def test_a_gguf_file_keeps_its_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its weights are not unpacked and packed again, unless others are asked for."""
+    path = tmp_path / "model.gguf"
+    write(path, "gpt2", AutoConfig.for_model("gpt2", **SMALL["gpt2"]))
+    monkeypatch.setattr(load, "_dtype", lambda place: torch.float32)
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda *args, **options: tiny_tokenizer())
+    found = hf_ctxopt.plan(path, vram="80GiB")
+    assert found.weights == "Q8_0"
+    model, _ = hf_ctxopt.load(found, "cpu")
+    want, _ = hf_ctxopt.load_gguf(path)
+    layer, block = model.transformer.h[1].mlp.c_fc, want.transformer.h[1].mlp.c_fc
+    assert isinstance(layer, GgufLinear)
+    assert torch.equal(layer.weight, block.weight)
+    with torch.no_grad():
+        assert torch.equal(model(IDS).logits, want(IDS).logits)
+    dense, _ = hf_ctxopt.load(path, "cpu", weights="bf16")
+    assert not isinstance(dense.transformer.h[1].mlp.c_fc, GgufLinear)
+    assert hf_ctxopt.plan(path, vram="80GiB", weights="Q4_K_M").weights == "Q4_K_M"
+
+
+def test_the_mix_of_a_gguf_file(tmp_path: Path) -> None:
+    for kind, mix in ((15, "Q4_K_M"), (1024 + 7, "Q8_0"), (None, "Q8_0"), (99, "Q8_0")):
+        writer = gguf.GGUFWriter(tmp_path / "a.gguf", "llama")
+        if kind is not None:
+            writer.add_file_type(kind)
+        writer.add_tensor("a", encode(torch.zeros(8, 256), "Q8_0").numpy(), raw_dtype=gguf.GGMLQuantizationType.Q8_0)
+        writer.add_tensor("b", encode(torch.zeros(2, 256), "Q4_K").numpy(), raw_dtype=gguf.GGMLQuantizationType.Q4_K)
+        writer.add_tensor("c", torch.zeros(64, 256).numpy())
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        assert GgufFile(tmp_path / "a.gguf").mix == mix
+
+
+@pytest.mark.parametrize(
+    ("stored", "scheme"),
+    [
+        (None, None), ({"quant_method": "fp8"}, None), ({"quant_method": "gptq", "bits": 4}, "gptq"),
+        ({"quant_method": "bitsandbytes", "load_in_8bit": True, "load_in_4bit": False}, "int8"),
+        ({"quant_method": "bitsandbytes", "load_in_8bit": False, "load_in_4bit": True}, "nf4"),
+        ({"quant_method": "quanto", "weights": "int4"}, "quanto-int4"),
+        ({"quant_method": "quanto", "weights": "int8"}, "quanto-int8"),
+    ],
+)  # fmt: skip
+def test_the_scheme_of_a_checkpoint(stored: Any, scheme: str | None) -> None:
+    assert stored_scheme(stored) == scheme
 
 
 def loaded(folder: Path, weights: str, package: str | None) -> Any:

@@ -8,9 +8,9 @@ from pathlib import Path
 import gguf
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-from hf_ctxopt.errors import ConfigError, CorruptFileError
+from hf_ctxopt.errors import ConfigError, CorruptFileError, UnsupportedModelError
 from hf_ctxopt.weights.codecs import encode
 from hf_ctxopt.weights.experts import GgufExperts
 from hf_ctxopt.weights.gguf_file import GgufFile
@@ -62,6 +62,27 @@ def test_missing_tensors_and_bad_options(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(gguf_load, "named_tensors", cut)
     with pytest.raises(CorruptFileError, match=r"missing for transformer.h.1.attn.c_attn"):
         load_gguf(path)
+
+
+def test_names_and_metadata_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers builds gguf's table of names for each module, and parses the file for config and tokenizer each."""
+    calls: list[str] = []
+
+    def counted(name: str, made):
+        def call(*args, **options):
+            calls.append(name)
+            return made(*args, **options)
+
+        return call
+
+    path = tmp_path / "model.gguf"
+    write(path, "gpt2", AutoConfig.for_model("gpt2", **SMALL["gpt2"]), tokenizer="gpt2")
+    for name in ("get_tensor_name_map", "GGUFReader"):
+        monkeypatch.setattr(gguf, name, counted(name, getattr(gguf, name)))
+    before = gguf.GGUFReader
+    load_gguf(path)
+    assert sorted(calls) == ["GGUFReader", "get_tensor_name_map"]
+    assert gguf.GGUFReader is before
 
 
 def test_no_gguf_file(tmp_path: Path) -> None:
@@ -155,3 +176,61 @@ def test_experts_stay_packed(up: str, tmp_path: Path) -> None:
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
     with torch.no_grad():
         assert torch.equal(again(IDS).logits, logits)
+
+
+def write_t5(path: Path, model: torch.nn.Module, architecture: str = "t5") -> None:
+    """An encoder-decoder as llama.cpp's converter writes it; its `wo` in float32."""
+    writer = gguf.GGUFWriter(path, architecture)
+    keys = {
+        "block_count": 2, "context_length": 128, "embedding_length": 64, "feed_forward_length": 128,
+        "attention.head_count": 4, "attention.key_length": 32, "attention.value_length": 32,
+        "attention.relative_buckets_count": 32, "decoder_start_token_id": 0,
+    }  # fmt: skip
+    for key, value in keys.items():
+        writer.add_uint32(f"{architecture}.{key}", value)
+    writer.add_float32(f"{architecture}.attention.layer_norm_epsilon", 1e-6)
+    writer.add_token_list([f"t{i}" for i in range(96)])
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.T5, 2)
+    for name, parameter in model.named_parameters():
+        target = names.get_name(name, try_suffixes=(".weight",))
+        if parameter.dim() == 1 or name.endswith(("relative_attention_bias.weight", "wo.weight")):
+            writer.add_tensor(target, parameter.detach().numpy())
+        else:
+            type = gguf.GGMLQuantizationType.Q8_0
+            writer.add_tensor(target, encode(parameter.detach(), "Q8_0").numpy(), raw_dtype=type)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_encoder_decoders(tied: bool, tmp_path: Path) -> None:
+    config = AutoConfig.for_model(
+        "t5", vocab_size=96, d_model=64, d_kv=32, d_ff=128, num_layers=2, num_heads=4, feed_forward_proj="gated-gelu"
+    )
+    torch.manual_seed(0)
+    whole = AutoModelForSeq2SeqLM.from_config(config)
+    if not tied:  # Flan-T5 has a head of its own
+        whole.lm_head.weight = torch.nn.Parameter(torch.randn(96, 64))
+    write_t5(tmp_path / "a.gguf", whole)
+    dense = AutoModelForSeq2SeqLM.from_pretrained(tmp_path, gguf_file="a.gguf", dtype=torch.float32).eval()
+    model, _ = load_gguf(tmp_path / "a.gguf")
+    assert isinstance(model.encoder.embed_tokens, GgufEmbedding)
+    assert model.decoder.embed_tokens.weight is model.shared.weight
+    assert (model.lm_head.weight is model.shared.weight) is tied
+    with torch.no_grad():
+        want = dense(input_ids=IDS, decoder_input_ids=IDS[:, :5]).logits
+        got = model(input_ids=IDS, decoder_input_ids=IDS[:, :5]).logits
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
+def test_no_language_model(tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedModelError, match="vit"):
+        meta_model(AutoConfig.for_model("vit"))
+    model = AutoModelForSeq2SeqLM.from_config(
+        AutoConfig.for_model("t5", vocab_size=96, d_model=64, d_kv=32, d_ff=128, num_layers=2, num_heads=4)
+    )
+    write_t5(tmp_path / "a.gguf", model, "t5encoder")
+    with pytest.raises(UnsupportedModelError, match="t5encoder"):
+        load_gguf(tmp_path / "a.gguf")

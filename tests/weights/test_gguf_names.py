@@ -63,9 +63,11 @@ SMALL = {
 }
 
 
-def write(path, family, config):
+def write(path, family, config, tokenizer=None):
     """A file as llama.cpp's converter writes it: random Q8_0 matrices, float32 vectors."""
     writer = gguf.GGUFWriter(path, family)
+    if tokenizer is not None:
+        writer.add_tokenizer_model(tokenizer)
     keys = {"gpt2": {"context_length": 64, "feed_forward_length": 256}, "bloom": {}}[family]
     for key, value in {"block_count": 2, "embedding_length": 64, "attention.head_count": 4, **keys}.items():
         writer.add_uint32(f"{family}.{key}", value)
