@@ -19,9 +19,9 @@ from .profiles import profile
 from .remedies import rejections, remedies
 from .schemes import LINEAR, LOADED, PLAIN
 from .speed import token_ms
+from .valid import GOALS
 from .words import size
 
-GOALS = ("quality", "context", "speed")
 USUAL_CONTEXT = 8192
 """Tokens planned for where none are asked for, if the model was trained on so many."""
 LEAST_CONTEXT = 2048

@@ -56,6 +56,43 @@ def test_json_round_trip_and_its_checks() -> None:
         found.context = 1  # type: ignore[misc]
 
 
+@pytest.mark.parametrize(
+    ("field", "values"),
+    [
+        ("bytes", [[1], None, {"weights": "x"}, {"zz": 1}]), ("on_host", [None, 3, "embedding", ["foo"], [1]]),
+        ("on_host", [["head", "head"]]), ("reasons", [None, "abc", [None]]),
+        ("kv_bits", ["8", 8, [8, 8], {"k": 8}, {"k": 8, "v": 3}, {"k": True, "v": 8}]),
+        ("context", [-1, 0, "256", True, None, 1.5]), ("chunk", [0, -3, "x"]), ("page_size", [0, 24, "x"]),
+        ("pages", [-5, None]), ("agents", [0]), ("batch", [0]), ("goal", ["zz", None]), ("vram", ["x", 0]),
+        ("kv_budget", [-1, "2GiB"]), ("weights", ["zz", 3, []]), ("model", [None]), ("quality", [4]),
+        ("cache", [None]), ("capacity", ["x", -1]), ("window", [256]), ("sinks", [4]),
+        ("ms_per_token", ["x", float("nan"), -1.0, True]),
+    ],
+)  # fmt: skip
+def test_json_of_no_plan_names_the_field(field: str, values: list[Any]) -> None:
+    made = plan(facts("Phi-4-mini"), gpu="rtx4070-laptop").to_dict()
+    for value in values:
+        with pytest.raises(ConfigError) as refused:
+            Plan.from_dict({**made, field: value})
+        assert refused.value.field == f"plan.{field}", value
+
+
+def test_json_with_other_bytes_or_another_cache_is_refused() -> None:
+    made = plan(facts("Phi-4-mini"), gpu="rtx4070-laptop").to_dict()
+    for count in (-1, "x", None, True):
+        with pytest.raises(ConfigError) as refused:
+            Plan.from_dict({**made, "bytes": {**made["bytes"], "kv": count}})
+        assert refused.value.field == "plan.bytes['kv']"
+    with pytest.raises(ConfigError, match="plan.window"):
+        Plan.from_dict({**made, "cache": "ctx_sink"})
+    with pytest.raises(ConfigError, match="exactly the fields"):
+        Plan.from_dict({**made, 3: 4, "zz": 5})
+    windowed = plan(facts("Llama-2-7B"), vram="8GiB", context=10_000).to_dict()
+    assert Plan.from_dict(windowed).window is not None
+    with pytest.raises(ConfigError, match="plan.sinks"):
+        Plan.from_dict({**windowed, "sinks": None})
+
+
 def test_print_names_every_part_and_the_card() -> None:
     found = plan(facts("Phi-4-mini"), gpu="rtx4070-laptop")
     text = str(found)
