@@ -150,20 +150,37 @@ def _config_at(spec: str) -> Any:
         raise ConfigError("model", spec, "an existing folder, config.json or .gguf file, or a Hub id")
     try:
         return AutoConfig.from_pretrained(str(path) if path.exists() else spec, **extra)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ConfigError("model", spec, f"one whose config transformers can read ({reason})") from error
+    except _broken() as error:
+        raise ConfigError("model", spec, f"one whose config transformers can read ({_reason(error)})") from error
 
 
 def _config_of(values: Mapping[str, Any]) -> Any:
-    from transformers import AutoConfig
+    from transformers import CONFIG_MAPPING, AutoConfig
 
     given = dict(values)
     kind = given.pop("model_type", None)
+    if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
+        raise ConfigError("model_type", kind, "a type that this version of transformers knows")
     try:
         return AutoConfig.for_model(kind, **given)
-    except (ValueError, TypeError, KeyError) as error:
-        raise ConfigError("model_type", kind, "a type that this version of transformers knows") from error
+    except _broken() as error:
+        raise ConfigError("model", kind, f"a config that transformers can read ({_reason(error)})") from error
+
+
+def _broken() -> tuple[type[Exception], ...]:
+    """What transformers raises for a config that is not there or whose values make no sense: no type of its own."""
+    from huggingface_hub.errors import StrictDataclassError
+
+    return (
+        OSError, ImportError, StrictDataclassError, ValueError, TypeError, LookupError, AttributeError,
+        ArithmeticError, AssertionError, RuntimeError,
+    )  # fmt: skip
+
+
+def _reason(error: Exception) -> str:
+    """The message in one line."""
+    words = " ".join(str(error).split())
+    return f"{type(error).__name__}: {words}"[:240]
 
 
 def _facts(config: Any, model: Any, source: str | None) -> ModelFacts:
@@ -178,6 +195,9 @@ def _facts(config: Any, model: Any, source: str | None) -> ModelFacts:
     for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size"):
         if not isinstance(getattr(text, name, None), int):
             raise UnsupportedModelError(f"{text.model_type}: its config has no {name}, so it cannot be planned for")
+    for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "head_dim"):
+        if isinstance(size := getattr(text, name, None), int) and size < 1:
+            raise ConfigError(name, size, f"an integer >= 1 in the config of {text.model_type}")
     module = model if model is not None else _meta(config)
     groups, others = _groups(text, module)
     experts = float(shape_of(config).experts)
@@ -204,10 +224,9 @@ def _meta(config: Any) -> Any:
     """
     try:
         return meta_model(config)
-    except (ImportError, ValueError, AttributeError, TypeError, RuntimeError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    except _broken() as error:
         raise UnsupportedModelError(
-            f"{config.model_type}: transformers cannot build it from its config ({reason[:200]})"
+            f"{config.model_type}: transformers cannot build it from its config ({_reason(error)})"
         ) from error
 
 

@@ -102,6 +102,15 @@ def test_errors_are_one_line(ctxopt: Ctxopt, llama: Path, arguments: tuple[str, 
     assert len(result.err.strip().splitlines()) == 1
 
 
+def test_a_broken_config_is_an_error_of_one_line(ctxopt: Ctxopt, tmp_path: Path) -> None:
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps({**KNOWN["Llama-3.1-8B"].config, "num_attention_heads": 33}))
+    result = ctxopt("plan", file, "--vram", "8GiB")
+    assert result.code == 2
+    assert "33" in result.err
+    assert len(result.err.strip().splitlines()) == 1
+
+
 @pytest.fixture(scope="module")
 def prompt(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A prompt of 300 bytes, each a token of the tiny model."""

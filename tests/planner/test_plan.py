@@ -122,6 +122,23 @@ def test_what_is_no_model_is_refused(given: Any) -> None:
     assert refused.value.field in ("model", "model_type")
 
 
+BROKEN: list[dict[str, Any]] = [
+    {"num_attention_heads": 3}, {"hidden_size": "x"}, {"max_position_embeddings": None}, {"rope_scaling": "x"},
+    {"num_attention_heads": 0}, {"hidden_size": 0}, {"head_dim": 0}, {"num_hidden_layers": -1}, {"vocab_size": 0},
+    {"num_key_value_heads": 0}, {"rope_parameters": {"rope_type": "zz", "rope_theta": 1e4}}, {"hidden_act": "zz"},
+    {"dtype": "zz"},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("values", BROKEN)
+def test_a_broken_config_is_refused_in_one_line(values: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({**TINY, **values}))
+    for given in ({**TINY, **values}, tmp_path):
+        with pytest.raises((ConfigError, UnsupportedModelError)) as refused:
+            plan(given, vram="4GiB")
+        assert "\n" not in str(refused.value)
+
+
 def test_latent_attention_and_encoder_decoders_are_refused() -> None:
     latent = AutoConfig.for_model("deepseek_v3", num_hidden_layers=1, n_routed_experts=8)
     with pytest.raises(UnsupportedModelError, match="latent"):
