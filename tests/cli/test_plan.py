@@ -73,6 +73,20 @@ def test_plot(ctxopt: Ctxopt, llama: Path, tmp_path: Path) -> None:
     assert (tmp_path / "plan.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
 
 
+@pytest.mark.parametrize("name", ["x.txt", "plan", ".", "folder.png"])
+def test_a_plot_that_cannot_be_written_is_refused_first(
+    ctxopt: Ctxopt, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    pytest.importorskip("matplotlib")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder.png").mkdir()
+    result = ctxopt("plan", "smollm2", "--vram", "1MiB", "--plot", name)
+    assert result.code == 2
+    assert "plot=" in result.err  # not what does not fit: nothing was planned
+    assert len(result.err.strip().splitlines()) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["folder.png"]
+
+
 def test_the_curve_meets_the_limit_where_the_plan_says() -> None:
     from hf_ctxopt import plan
 
