@@ -354,7 +354,7 @@ def _card(
     others = found.others if not own else max(0, found.others + found.own - sum(facts.loaded or (0,)))
     return Card(
         name=found.device, vram=total, others=others,
-        context=found.context, reserve=reserve_of(total) if reserve is None else _reserve(reserve),
+        context=found.context, reserve=reserve_of(total) if reserve is None else bytes_of("reserve", reserve, 0),
         bandwidth=found.bandwidth, accelerator=found.accelerator,
         like=None if found.here or found.device == found.name else found.name,
     )  # fmt: skip
@@ -371,7 +371,3 @@ def _device(facts: ModelFacts, model: Any, vram: int | str | None, gpu: str | No
         place = next((p.device for p in model.parameters() if p.device.type != "cpu"), "cpu")
         return device_of(place)
     return best_device()
-
-
-def _reserve(value: int | str) -> int:
-    return 0 if value == 0 and not isinstance(value, bool) else bytes_of("reserve", value)

@@ -54,6 +54,8 @@ def test_options_reach_the_plan(ctxopt: Ctxopt, llama: Path) -> None:
     found = Plan.from_dict(json.loads(result.out))
     assert (found.batch, found.goal, found.weights, dict(found.kv_bits)) == (2, "speed", "nf4", {"k": 8, "v": 4})
     assert found.bytes["reserve"] == 512 << 20
+    digits = Plan.from_dict(json.loads(ctxopt("plan", llama, "--vram", 8 << 30, "--reserve", 0, "--json").out))
+    assert (digits.vram, digits.bytes["reserve"]) == (8 << 30, 0)
 
 
 def test_all_profiles(ctxopt: Ctxopt, llama: Path) -> None:

@@ -188,6 +188,27 @@ def test_reserve_is_adjustable() -> None:
     assert plan(facts("Llama-3.1-8B"), vram="8GiB", reserve=0).bytes["reserve"] == 0
 
 
+@pytest.mark.parametrize("none", [0, "0", " 0 ", "0GiB", "0.0 mb", "0B"])
+def test_nothing_can_be_left_alone(none: Any) -> None:
+    assert plan(facts("Phi-4-mini"), vram="8GiB", reserve=none).bytes["reserve"] == 0
+    for field in ("vram", "kv_budget"):
+        with pytest.raises(ConfigError) as refused:
+            plan(facts("Phi-4-mini"), **{"vram": "8GiB", field: none})
+        assert (refused.value.field, refused.value.value) == (field, none)
+
+
+@pytest.mark.parametrize("bad", ["-1", "-1GiB", "1e9", "", "0x10", True, 1.5, -1, [1]])
+def test_what_is_no_size_is_no_reserve(bad: Any) -> None:
+    with pytest.raises(ConfigError) as refused:
+        plan(facts("Phi-4-mini"), vram="8GiB", reserve=bad)
+    assert (refused.value.field, refused.value.value) == ("reserve", bad)
+
+
+def test_digits_alone_are_bytes() -> None:
+    digits = plan(facts("Phi-4-mini"), vram=str(8 * GIB), kv_budget=str(GIB), reserve=str(GIB))
+    assert digits == plan(facts("Phi-4-mini"), vram=8 * GIB, kv_budget=GIB, reserve=GIB)
+
+
 def test_remedies_fit() -> None:
     """What a refusal names is planned without one."""
     with pytest.raises(DoesNotFitError) as refused:
