@@ -15,6 +15,8 @@ from ..weights.mixes import Shape
 from ..weights.roles import Role, layer_of, role
 from ..weights.sizes import meta_model, shape_of, weights_of
 
+_LENGTHS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "n_ctx")
+"""What configs call the trained length, in the order in which they are asked."""
 _LENGTH_SCALED = ("dynamic", "longrope")
 
 
@@ -205,7 +207,7 @@ def _facts(config: Any, model: Any, source: str | None) -> ModelFacts:
     hidden = int(text.hidden_size)
     inner = int(getattr(text, "intermediate_size", 0) or getattr(text, "n_inner", 0) or 4 * hidden)
     narrow = int(getattr(text, "moe_intermediate_size", 0) or 0)
-    trained = int(getattr(text, "max_position_embeddings", 0) or getattr(text, "n_positions", 0) or 0) or None
+    trained = _trained(text)
     return ModelFacts(
         name=source or str(getattr(config, "_name_or_path", "") or config.model_type), source=source, groups=groups,
         matrices=_matrices(module), shape=shape_of(config), trained=trained, window_limit=_window_limit(text, trained),
@@ -311,6 +313,12 @@ def _matrices(module: Any) -> tuple[Matrix, ...]:
 def _rope_sets(text: Any) -> list[Mapping[str, Any]]:
     given = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
     return [given] if "rope_type" in given else [part for part in given.values() if isinstance(part, Mapping)]
+
+
+def _trained(text: Any) -> int | None:
+    """Tokens that the model was trained on; `None` if its config says nothing, or "any" as XLNet's -1 does."""
+    given = (getattr(text, name, None) for name in _LENGTHS)
+    return next((int(length) for length in given if isinstance(length, int | float) and length >= 1), None)
 
 
 def _window_limit(text: Any, trained: int | None) -> int | None:

@@ -107,6 +107,8 @@ class _Search:
         self.tried: list[Choice] = []
         if task.facts.other_layers:
             self.notes.append(f"the states of {task.facts.other_layers} layers without attention are not counted")
+        if trained is None:
+            self.notes.append("its config does not say what length it was trained on")
         if needs is not None:
             self._heed(needs)
 

@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import hf_ctxopt
 from hf_ctxopt import ConfigError, DoesNotFitError, Plan, UnsupportedModelError, plan
 from hf_ctxopt.planner import hardware
+from hf_ctxopt.planner.facts import facts_of
 from hf_ctxopt.planner.hardware import Device
 from tests.planner.models import GIB, KNOWN, facts
 
@@ -153,6 +154,26 @@ def test_learned_positions_end_where_they_end() -> None:
     with pytest.raises(ConfigError, match="1024") as refused:
         plan(learned, vram="4GiB", context=2048)
     assert refused.value.field == "context"
+
+
+@pytest.mark.parametrize(
+    ("config", "trained"),
+    [
+        ({"model_type": "mpt", "d_model": 64, "n_heads": 4, "n_layers": 2, "vocab_size": 128}, 2048),
+        ({"model_type": "bloom", "hidden_size": 64, "n_head": 4, "n_layer": 2, "vocab_size": 128,
+          "seq_length": 1024}, 1024),
+        ({"model_type": "bloom", "hidden_size": 64, "n_head": 4, "n_layer": 2, "vocab_size": 128}, None),
+        ({"model_type": "xlnet", "d_model": 64, "n_head": 4, "n_layer": 2, "vocab_size": 128}, None),
+        ({**TINY, "max_position_embeddings": -1}, None), ({**TINY, "max_position_embeddings": 0}, None),
+        ({**TINY, "max_position_embeddings": 0, "n_ctx": 256}, 256),
+    ],
+)  # fmt: skip
+def test_the_trained_length_by_any_name(config: dict[str, Any], trained: int | None) -> None:
+    found = plan(config, vram="4GiB")
+    assert facts_of(config).trained == trained
+    assert found.context == (trained or 8192)
+    said = "its config does not say what length it was trained on" in found.reasons
+    assert said is (trained is None)
 
 
 def test_a_loaded_model_is_planned_as_it_stands(monkeypatch: pytest.MonkeyPatch) -> None:
