@@ -19,6 +19,9 @@ STORE = "sessions"
 class Plan:
     """Settings that fit a card.
 
+    `kv_bits` and `bytes` are plain dictionaries, so that plans can be copied, pickled and taken apart by `asdict`.
+    They belong to the plan and are not to be changed: `dataclasses.replace` makes another plan.
+
     Args:
         model: what the model was given as; loadable if it is a folder, a file or a Hub id.
         device: the card, by torch's name or its profile's.
@@ -117,7 +120,8 @@ class Plan:
         check_fields(given)
         needs = None if given["needs"] is None else Needs.from_dict(given["needs"])
         lists = {"on_host": tuple(given["on_host"]), "reasons": tuple(given["reasons"])}
-        plan = cls(**{**given, **lists, "needs": needs})
+        own = {"kv_bits": dict(given["kv_bits"]), "bytes": dict(given["bytes"])}  # the caller's may change
+        plan = cls(**{**given, **lists, **own, "needs": needs})
         if values.get("total_bytes", plan.total_bytes) != plan.total_bytes:
             raise ConfigError("total_bytes", values["total_bytes"], f"{plan.total_bytes}, the sum of the parts")
         return plan

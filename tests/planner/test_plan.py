@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import pickle
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -77,6 +79,17 @@ def test_json_of_no_plan_names_the_field(field: str, values: list[Any]) -> None:
         with pytest.raises(ConfigError) as refused:
             Plan.from_dict({**made, field: value})
         assert refused.value.field == f"plan.{field}", value
+
+
+def test_a_plan_shares_no_dictionary_with_its_json() -> None:
+    made = plan(facts("Phi-4-mini"), gpu="rtx4070-laptop")
+    values = made.to_dict()
+    read = Plan.from_dict(values)
+    for changed in (values, made.to_dict(), read.cache_options, made.cache_options):
+        changed["kv_bits"]["k"] = 2
+        changed.get("bytes", {})["kv"] = 0
+    assert read == made == copy.deepcopy(made) == pickle.loads(pickle.dumps(made))
+    assert Plan.from_dict({**made.to_dict(), "bytes": MappingProxyType(made.bytes)}).to_dict() == made.to_dict()
 
 
 def test_json_with_other_bytes_or_another_cache_is_refused() -> None:
