@@ -10,7 +10,8 @@ from hf_ctxopt.errors import DoesNotFitError
 from hf_ctxopt.planner.facts import ModelFacts, facts_of
 from hf_ctxopt.planner.plan import Plan
 from hf_ctxopt.planner.profiles import PROFILES, Profile
-from hf_ctxopt.planner.search import GOALS, plan
+from hf_ctxopt.planner.search import plan
+from hf_ctxopt.planner.valid import GOALS
 from hf_ctxopt.planner.words import size
 
 MODELS: dict[str, dict[str, Any]] = json.loads(Path(__file__).with_name("models.json").read_text(encoding="utf-8"))

@@ -66,6 +66,7 @@ def plan(
     """
     from hf_ctxopt.planner.search import plan as make_plan
 
+    _check_plot(plot)
     facts = _facts(model)
     wanted: dict[str, Any] = {
         "context": context, "batch": batch, "agents": agents, "goal": goal, "kv_budget": kv_budget, "reserve": reserve,
@@ -74,8 +75,6 @@ def plan(
     }  # fmt: skip
     if instruct and prompt_file is None:
         raise ConfigError("instruct", instruct, "unset without --prompt-file")
-    if plot is not None and not plot.parent.is_dir():
-        raise ConfigError("plot", str(plot), "a file in a folder that exists")
     if all_gpus:
         for name, value in (("gpu", gpu), ("vram", vram), ("device", device), ("plot", plot)):
             if value is not None:
@@ -97,6 +96,20 @@ def plan(
         console.table(table)
     for reason in found.reasons:
         typer.echo(f"- {reason}")
+
+
+def _check_plot(file: Path | None) -> None:
+    """Refuses a plot that cannot be written, before anything is planned.
+
+    Raises:
+        ConfigError: if it is a folder, its folder is missing, or it ends otherwise than in `.png`.
+    """
+    if file is None:
+        return
+    if not file.parent.is_dir():
+        raise ConfigError("plot", str(file), "a file in a folder that exists")
+    if file.suffix.lower() != ".png" or file.is_dir():
+        raise ConfigError("plot", str(file), "a file name that ends in .png")
 
 
 def _facts(model: str) -> ModelFacts:

@@ -18,7 +18,7 @@ from .build import parse_options, unwrap
 from .decode_graph import DecodeGraph
 from .offload import check_parts, from_host, parse_parts, to_host
 from .packing import check_in_memory, pack_in_memory
-from .planned import AUTO, USUAL, Settings, automatic, check_weights, settings_of
+from .planned import AUTO, USUAL, Settings, automatic, check_model, settings_of
 from .record import ATTRIBUTE, PatchRecord, record_of
 from .register import register
 
@@ -53,7 +53,8 @@ def patch_model(
         The same model.
 
     Raises:
-        ConfigError: an unknown cache or option, a value out of range, or weights that are packed only while loading.
+        ConfigError: an unknown cache or option, a value out of range, the plan of another model, or weights that are
+            packed only while loading.
         CtxoptError: a package that `weights` needs is missing.
         UnsupportedModelError: not a transformers model that generates, or it has no such matrix.
     """
@@ -77,7 +78,7 @@ def patch_model(
     if chosen is None:
         chosen = automatic(inner)
     elif chosen.plan is not None:
-        check_weights(inner, chosen.plan)
+        check_model(inner, chosen.plan)
     parts = parts or chosen.on_host
     check_parts(inner, parts)
     before = record_of(inner)

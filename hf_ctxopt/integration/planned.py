@@ -13,6 +13,7 @@ from torch import nn
 from ..caches.options import PageOptions
 from ..errors import ConfigError, DoesNotFitError, UnsupportedModelError
 from ..planner.facts import facts_of
+from ..planner.footprint import KvLayout
 from ..planner.plan import Plan
 from ..planner.schemes import LOADED
 from .build import parse_options
@@ -88,8 +89,23 @@ def _planned(model: nn.Module) -> Settings:
     return Settings(found.cache, parse_options(found.cache, options), None, (), found)
 
 
-def check_weights(model: Any, plan: Plan) -> None:
-    """Warn where a model is not stored as the plan has it: the bytes are then not those that were planned."""
+def check_model(model: Any, plan: Plan) -> None:
+    """Refuse the plan of another model, and warn where the weights are not stored as planned.
+
+    Raises:
+        ConfigError: the pages of the model have another size than those that were planned.
+        UnsupportedModelError: its keys and values cannot be planned for.
+    """
+    facts = facts_of(model)
+    # Planned from a config, a dtype of two bytes is assumed; the model may be loaded in another.
+    sizes = {
+        KvLayout(facts.groups, plan.kv_bits, item, page_size=plan.page_size).page_bytes for item in (facts.item, 2, 4)
+    }
+    if plan.page_bytes not in sizes:
+        raise ConfigError(
+            "plan", plan.model, f"a plan of this {type(model).__name__}: a page of it takes "
+            f"{' or '.join(f'{size:,}' for size in sorted(sizes))} bytes, the plan's {plan.page_bytes:,}",
+        )  # fmt: skip
     packed = any(part.dim() > 1 and not part.is_floating_point() for part in model.parameters())
     if plan.weights != LOADED and packed != (plan.weights != "bf16"):
         logger.warning(

@@ -185,7 +185,8 @@ def probe(model: nn.Module, prompt: Any, *, tokenizer: Any = None, answer: int =
             f"{type(inner).__name__} does not call attention through transformers' AttentionInterface: what its "
             "prompts need cannot be measured"
         )
-    ids = token_ids(prompt, tokenizer)
+    embedding = inner.get_input_embeddings()
+    ids = token_ids(prompt, tokenizer, int(getattr(embedding, "num_embeddings", 0) or facts.vocab))
     if isinstance(answer, bool) or not isinstance(answer, int) or answer < 0:
         raise ConfigError("answer", answer, "an integer >= 0")
     PageOptions(page_size=page_size)  # says what is allowed
@@ -210,11 +211,12 @@ def candidates(tokens: int) -> tuple[int, ...]:
     return tuple(w for power in powers for w in (power, power * 3 // 2) if SINKS + w <= tokens // 2)
 
 
-def token_ids(prompt: Any, tokenizer: Any = None) -> Tensor:
+def token_ids(prompt: Any, tokenizer: Any = None, vocab: int | None = None) -> Tensor:
     """A prompt as `(1, tokens)`.
 
     Raises:
-        ConfigError: it is empty, has several rows, or is text without a tokenizer.
+        ConfigError: it is empty, has several rows, or is text without a tokenizer; or its ids are no integers, or not
+            of the `vocab` that the model has.
     """
     if isinstance(prompt, str):
         if tokenizer is None:
@@ -222,15 +224,22 @@ def token_ids(prompt: Any, tokenizer: Any = None) -> Tensor:
         if not prompt.strip():
             raise ConfigError("probe", prompt, "a prompt that is not empty")
         prompt = tokenizer(prompt)["input_ids"]
-    numbers = (
-        isinstance(prompt, Sequence) and not isinstance(prompt, bytes) and all(isinstance(i, int) for i in prompt)
-    )
-    if not isinstance(prompt, Tensor) and not numbers:
-        raise ConfigError("probe", type(prompt).__name__, "text, a list of token ids, or a tensor (1, tokens)")
+    if isinstance(prompt, Tensor):
+        numbers = prompt.dtype in (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+    else:
+        numbers = isinstance(prompt, Sequence) and not isinstance(prompt, bytes)
+        numbers = numbers and all(type(i) is int and abs(i) < 1 << 62 for i in prompt)  # no bools; those int64 holds
+    if not numbers:
+        kind = str(prompt.dtype) if isinstance(prompt, Tensor) else type(prompt).__name__
+        raise ConfigError("probe", kind, "text, a list of token ids, or a tensor (1, tokens) of integers")
     ids = torch.as_tensor(prompt, dtype=torch.long)
     ids = ids[None] if ids.dim() == 1 else ids
     if ids.dim() != 2 or ids.shape[0] != 1 or not ids.shape[1]:
         raise ConfigError("probe", tuple(ids.shape), "one row of token ids that is not empty")
+    first, last = int(ids.min()), int(ids.max())
+    if first < 0 or (vocab is not None and last >= vocab):
+        most = "" if vocab is None else f" and below the {vocab:,} that the model knows"
+        raise ConfigError("probe", f"token {first if first < 0 else last}", f"token ids from 0 on{most}")
     return ids
 
 

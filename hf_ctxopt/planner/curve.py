@@ -12,7 +12,7 @@ from .plan import Plan
 
 
 def curve(model: Any, found: Plan, contexts: Iterable[int]) -> list[dict[str, int]]:
-    """Bytes by part (`plan.PARTS`) at each context, whether they fit the card or not.
+    """Bytes by part (`valid.PARTS`) at each context, whether they fit the card or not.
 
     Args:
         model: the model that `found` is a plan of, as `plan` takes it.

@@ -17,6 +17,8 @@ from ..weights.roles import Role, layer_of, role
 from ..weights.sizes import meta_model, shape_of, weights_of
 from ..weights.stored import stored_scheme
 
+_LENGTHS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "n_ctx")
+"""What configs call the trained length, in the order in which they are asked."""
 _LENGTH_SCALED = ("dynamic", "longrope")
 
 
@@ -167,26 +169,43 @@ def _config_at(spec: str, file: GgufFile | None) -> Any:
         and (path.is_absolute() or spec.startswith((".", "~")) or spec.count("/") > 1)
     ):
         raise ConfigError("model", spec, "an existing folder, config.json or .gguf file, or a Hub id")
-    try:
-        if file is not None:
-            from ..weights.gguf_load import gguf_config
+    if file is not None:
+        from ..weights.gguf_load import gguf_config
 
-            return gguf_config(file)
+        return gguf_config(file)
+    try:
         return AutoConfig.from_pretrained(str(path) if path.exists() else spec)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ConfigError("model", spec, f"one whose config transformers can read ({reason})") from error
+    except _broken() as error:
+        raise ConfigError("model", spec, f"one whose config transformers can read ({_reason(error)})") from error
 
 
 def _config_of(values: Mapping[str, Any]) -> Any:
-    from transformers import AutoConfig
+    from transformers import CONFIG_MAPPING, AutoConfig
 
     given = dict(values)
     kind = given.pop("model_type", None)
+    if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
+        raise ConfigError("model_type", kind, "a type that this version of transformers knows")
     try:
         return AutoConfig.for_model(kind, **given)
-    except (ValueError, TypeError, KeyError) as error:
-        raise ConfigError("model_type", kind, "a type that this version of transformers knows") from error
+    except _broken() as error:
+        raise ConfigError("model", kind, f"a config that transformers can read ({_reason(error)})") from error
+
+
+def _broken() -> tuple[type[Exception], ...]:
+    """What transformers raises for a config that is not there or whose values make no sense: no type of its own."""
+    from huggingface_hub.errors import StrictDataclassError
+
+    return (
+        OSError, ImportError, StrictDataclassError, ValueError, TypeError, LookupError, AttributeError,
+        ArithmeticError, AssertionError, RuntimeError,
+    )  # fmt: skip
+
+
+def _reason(error: Exception) -> str:
+    """The message in one line."""
+    words = " ".join(str(error).split())
+    return f"{type(error).__name__}: {words}"[:240]
 
 
 def _facts(config: Any, model: Any, source: str | None, stored: str | None = None) -> ModelFacts:
@@ -201,6 +220,9 @@ def _facts(config: Any, model: Any, source: str | None, stored: str | None = Non
     for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size"):
         if not isinstance(getattr(text, name, None), int):
             raise UnsupportedModelError(f"{text.model_type}: its config has no {name}, so it cannot be planned for")
+    for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "head_dim"):
+        if isinstance(size := getattr(text, name, None), int) and size < 1:
+            raise ConfigError(name, size, f"an integer >= 1 in the config of {text.model_type}")
     module = model if model is not None else _meta(config)
     groups, others = _groups(text, module)
     experts = float(shape_of(config).experts)
@@ -208,7 +230,7 @@ def _facts(config: Any, model: Any, source: str | None, stored: str | None = Non
     hidden = int(text.hidden_size)
     inner = int(getattr(text, "intermediate_size", 0) or getattr(text, "n_inner", 0) or 4 * hidden)
     narrow = int(getattr(text, "moe_intermediate_size", 0) or 0)
-    trained = int(getattr(text, "max_position_embeddings", 0) or getattr(text, "n_positions", 0) or 0) or None
+    trained = _trained(text)
     return ModelFacts(
         name=source or str(getattr(config, "_name_or_path", "") or config.model_type), source=source, groups=groups,
         matrices=_matrices(module), shape=shape_of(config), trained=trained, window_limit=_window_limit(text, trained),
@@ -227,10 +249,9 @@ def _meta(config: Any) -> Any:
     """
     try:
         return meta_model(config)
-    except (ImportError, ValueError, AttributeError, TypeError, RuntimeError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    except _broken() as error:
         raise UnsupportedModelError(
-            f"{config.model_type}: transformers cannot build it from its config ({reason[:200]})"
+            f"{config.model_type}: transformers cannot build it from its config ({_reason(error)})"
         ) from error
 
 
@@ -299,6 +320,7 @@ def _matrices(module: Any) -> tuple[Matrix, ...]:
     from torch import nn
 
     from ..weights.experts import PARTS, is_experts
+    from ..weights.precise import left_dense
     from ..weights.selection import is_embedding, is_linear
 
     linear, packable = set(), set()
@@ -309,12 +331,19 @@ def _matrices(module: Any) -> tuple[Matrix, ...]:
             packable.add(f"{name}.weight")
         elif is_experts(part):
             packable.update(f"{name}.{own}" for own in PARTS)
+    packable -= {f"{name}.weight" for name in left_dense(module)}
     return tuple(Matrix(name, tuple(shape), name in linear, name in packable) for name, shape in weights_of(module))
 
 
 def _rope_sets(text: Any) -> list[Mapping[str, Any]]:
     given = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
     return [given] if "rope_type" in given else [part for part in given.values() if isinstance(part, Mapping)]
+
+
+def _trained(text: Any) -> int | None:
+    """Tokens that the model was trained on; `None` if its config says nothing, or "any" as XLNet's -1 does."""
+    given = (getattr(text, name, None) for name in _LENGTHS)
+    return next((int(length) for length in given if isinstance(length, int | float) and length >= 1), None)
 
 
 def _window_limit(text: Any, trained: int | None) -> int | None:

@@ -6,6 +6,7 @@ context on it, which then counts as in use; `others` leaves it out.
 
 from __future__ import annotations
 
+import re
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -116,20 +117,32 @@ def of_memory(vram: int) -> Device:
     )  # fmt: skip
 
 
-def bytes_of(field: str, value: int | str) -> int:
-    """Bytes of `8 << 30`, `"8GiB"` or `"8 GB"`.
+def bytes_of(field: str, value: int | str, least: int = 1) -> int:
+    """Bytes of `8 << 30`, `"8GiB"`, `"8 GB"` or `"8589934592"`.
+
+    Args:
+        field: what they are for, which the message names.
+        value: a number or text.
+        least: the fewest that are allowed, 0 or 1.
 
     Raises:
-        ConfigError: it is neither a positive number nor such a text; the message names `field`.
+        ConfigError: it is neither such a number nor such a text.
     """
-    allowed = 'bytes as a positive number, or as text such as "8GiB"'
+    given = value
     if isinstance(value, str):
-        try:
-            return parse_bytes(value)
-        except ConfigError:
-            raise ConfigError(field, value, allowed) from None
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ConfigError(field, value, allowed)
+        text = value.strip()
+        if text.isdecimal() and len(text) < 32:
+            value = int(text)
+        elif re.fullmatch(r"0+(\.0+)?\s*([KMG]i?)?B", text, re.IGNORECASE):
+            value = 0
+        else:
+            try:
+                return parse_bytes(text)
+            except ConfigError:
+                value = -1
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        kind = "a positive number" if least else "a number >= 0"
+        raise ConfigError(field, given, f'bytes as {kind}, or as text such as "8GiB"')
     return value
 
 

@@ -70,6 +70,8 @@ def ladder(weights: str | Sequence[str] | None, kv_bits: tuple[int, int] | None)
     Raises:
         ConfigError: an unknown scheme, or none.
     """
+    if weights is not None and not isinstance(weights, Sequence):
+        raise ConfigError("weights", weights, f"one or several of {', '.join(SCHEMES)}")
     given = WEIGHTS if weights is None else (weights,) if isinstance(weights, str) else tuple(weights)
     for scheme in given:
         if scheme not in (LOADED, *SCHEMES):

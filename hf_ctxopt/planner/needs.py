@@ -117,7 +117,8 @@ class Needs:
         """The needs that `to_dict` wrote.
 
         Raises:
-            ConfigError: a field is missing or unknown, or a row has another length than there are windows or bits.
+            ConfigError: a field is missing, unknown or of another type, or a row has another length than there are
+                windows or bits.
         """
         given = _checked(cls, values)
         groups = []
@@ -170,8 +171,20 @@ def _tupled(value: Any) -> Any:
     return tuple(value) if isinstance(value, list | tuple) else value
 
 
+_WHOLE = ("tokens", "queries", "sinks", "layers", "window")
+
+
 def _checked(kind: type, values: Any) -> dict[str, Any]:
     names = {part.name for part in fields(kind)}
     if not isinstance(values, Mapping) or set(values) != names:
         raise ConfigError("needs", values, f"a dictionary that Needs.to_dict() wrote ({', '.join(sorted(names))})")
+    for name, value in values.items():
+        if name == "window" and value is None:
+            continue
+        parts = (value,) if name in _WHOLE else value
+        each = Mapping if name == "groups" else int if name in _WHOLE or name == "windows" else int | float
+        fits = isinstance(parts, list | tuple) and all(isinstance(p, each) and not isinstance(p, bool) for p in parts)
+        if not fits:
+            allowed = "a whole number" if name in _WHOLE else "a list, as it was measured"
+            raise ConfigError(f"needs.{name}", value, allowed)
     return dict(values)

@@ -8,17 +8,19 @@ from typing import Any
 
 from ..errors import ConfigError
 from .needs import Needs
+from .valid import check_fields
 
 VERSION = 1
 STORE = "sessions"
 """Name of the prefix store where several agents share one: that of `Session`."""
-PARTS = ("weights", "embeddings", "kv", "activations", "logits", "graph", "cuda_context", "others", "reserve")
-"""Keys of `Plan.bytes`, in the order in which they are shown."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
     """Settings that fit a card.
+
+    `kv_bits` and `bytes` are plain dictionaries, so that plans can be copied, pickled and taken apart by `asdict`.
+    They belong to the plan and are not to be changed: `dataclasses.replace` makes another plan.
 
     Args:
         model: what the model was given as; loadable if it is a folder, a file or a Hub id.
@@ -42,7 +44,7 @@ class Plan:
         on_host: of `"embedding"` and `"head"`, those kept in the host's memory.
         host_bytes: bytes of these.
         vram: bytes of the card.
-        bytes: expected bytes on the card by part (`PARTS`), with the pages of `context` tokens.
+        bytes: expected bytes on the card by part (`valid.PARTS`), with the pages of `context` tokens.
         ms_per_token: expected time of a decode step at `context` tokens; `None` if the bandwidth is unknown.
         quality: class of what is given up (`ladder.py`), and `", windowed"` where tokens are forgotten.
         reasons: what was tried and why it was rejected, and what to know of the choice.
@@ -103,7 +105,8 @@ class Plan:
         """The plan that `to_dict` wrote.
 
         Raises:
-            ConfigError: a field is missing, unknown or of another version, or the bytes do not add up.
+            ConfigError: a field is missing, unknown or of another version, has a value that no plan has
+                (`valid.py`), or the bytes do not add up.
         """
         if not isinstance(values, Mapping):
             raise ConfigError("plan", values, "a dictionary that Plan.to_dict() wrote")
@@ -112,11 +115,13 @@ class Plan:
         given = {key: value for key, value in values.items() if key not in ("version", "total_bytes")}
         given = {"needs": None, **given}  # plans of before there were any have none
         names = {part.name for part in fields(cls)}
-        if wrong := sorted(names.symmetric_difference(given)):
+        if wrong := sorted(map(str, names.symmetric_difference(given))):
             raise ConfigError("plan", wrong, f"exactly the fields {', '.join(sorted(names))}")
+        check_fields(given)
         needs = None if given["needs"] is None else Needs.from_dict(given["needs"])
         lists = {"on_host": tuple(given["on_host"]), "reasons": tuple(given["reasons"])}
-        plan = cls(**{**given, **lists, "needs": needs})
+        own = {"kv_bits": dict(given["kv_bits"]), "bytes": dict(given["bytes"])}  # the caller's may change
+        plan = cls(**{**given, **lists, **own, "needs": needs})
         if values.get("total_bytes", plan.total_bytes) != plan.total_bytes:
             raise ConfigError("total_bytes", values["total_bytes"], f"{plan.total_bytes}, the sum of the parts")
         return plan

@@ -19,9 +19,9 @@ from .profiles import profile
 from .remedies import rejections, remedies
 from .schemes import LINEAR, LOADED, PLAIN
 from .speed import token_ms
+from .valid import GOALS
 from .words import size
 
-GOALS = ("quality", "context", "speed")
 USUAL_CONTEXT = 8192
 """Tokens planned for where none are asked for, if the model was trained on so many."""
 LEAST_CONTEXT = 2048
@@ -121,6 +121,8 @@ class _Search:
         self.tried: list[Choice] = []
         if task.facts.other_layers:
             self.notes.append(f"the states of {task.facts.other_layers} layers without attention are not counted")
+        if trained is None:
+            self.notes.append("its config does not say what length it was trained on")
         if needs is not None:
             self._heed(needs)
         if task.kv_budget is not None and goal != "speed":
@@ -385,7 +387,7 @@ def _card(
     others = found.others if not own else max(0, found.others + found.own - sum(facts.loaded or (0,)))
     return Card(
         name=found.device, vram=total, others=others,
-        context=found.context, reserve=reserve_of(total) if reserve is None else _reserve(reserve),
+        context=found.context, reserve=reserve_of(total) if reserve is None else bytes_of("reserve", reserve, 0),
         bandwidth=found.bandwidth, accelerator=found.accelerator,
         like=None if found.here or found.device == found.name else found.name,
     )  # fmt: skip
@@ -402,7 +404,3 @@ def _device(facts: ModelFacts, model: Any, vram: int | str | None, gpu: str | No
         place = next((p.device for p in model.parameters() if p.device.type != "cpu"), "cpu")
         return device_of(place)
     return best_device()
-
-
-def _reserve(value: int | str) -> int:
-    return 0 if value == 0 and not isinstance(value, bool) else bytes_of("reserve", value)

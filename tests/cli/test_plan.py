@@ -54,6 +54,8 @@ def test_options_reach_the_plan(ctxopt: Ctxopt, llama: Path) -> None:
     found = Plan.from_dict(json.loads(result.out))
     assert (found.batch, found.goal, found.weights, dict(found.kv_bits)) == (2, "speed", "nf4", {"k": 8, "v": 4})
     assert found.bytes["reserve"] == 512 << 20
+    digits = Plan.from_dict(json.loads(ctxopt("plan", llama, "--vram", 8 << 30, "--reserve", 0, "--json").out))
+    assert (digits.vram, digits.bytes["reserve"]) == (8 << 30, 0)
 
 
 def test_all_profiles(ctxopt: Ctxopt, llama: Path) -> None:
@@ -71,6 +73,20 @@ def test_plot(ctxopt: Ctxopt, llama: Path, tmp_path: Path) -> None:
     result = ctxopt("plan", llama, "--vram", "8GiB", "--plot", tmp_path / "plan.png")
     assert result.code == 0
     assert (tmp_path / "plan.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+@pytest.mark.parametrize("name", ["x.txt", "plan", ".", "folder.png"])
+def test_a_plot_that_cannot_be_written_is_refused_first(
+    ctxopt: Ctxopt, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    pytest.importorskip("matplotlib")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder.png").mkdir()
+    result = ctxopt("plan", "smollm2", "--vram", "1MiB", "--plot", name)
+    assert result.code == 2
+    assert "plot=" in result.err  # not what does not fit: nothing was planned
+    assert len(result.err.strip().splitlines()) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["folder.png"]
 
 
 def test_the_curve_meets_the_limit_where_the_plan_says() -> None:
@@ -99,6 +115,15 @@ def test_errors_are_one_line(ctxopt: Ctxopt, llama: Path, arguments: tuple[str, 
     assert result.code == 2
     assert result.out == ""
     assert words in result.err
+    assert len(result.err.strip().splitlines()) == 1
+
+
+def test_a_broken_config_is_an_error_of_one_line(ctxopt: Ctxopt, tmp_path: Path) -> None:
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps({**KNOWN["Llama-3.1-8B"].config, "num_attention_heads": 33}))
+    result = ctxopt("plan", file, "--vram", "8GiB")
+    assert result.code == 2
+    assert "33" in result.err
     assert len(result.err.strip().splitlines()) == 1
 
 

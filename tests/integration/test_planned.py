@@ -19,6 +19,7 @@ from hf_ctxopt.planner import hardware
 from hf_ctxopt.planner.hardware import Device
 from hf_ctxopt.weights.linear import GgufEmbedding, GgufLinear
 from tests.cli.tiny import save_tiny, tiny_model
+from tests.planner.models import facts
 
 GIB = 1 << 30
 IDS = torch.randint(2, 258, (1, 40), generator=torch.Generator().manual_seed(5))
@@ -211,6 +212,28 @@ def test_a_plan_for_other_weights_is_noticed(folder: Path, caplog: pytest.LogCap
     with caplog.at_level(logging.WARNING):
         hf_ctxopt.patch_model(tiny_model(), plan=made)
     assert "may not fit as planned" in caplog.text
+
+
+@pytest.mark.parametrize("bits", [16, 8])
+def test_a_plan_of_another_model_is_refused(bits: int) -> None:
+    model = tiny_model()
+    hf_ctxopt.patch_model(model, "ctx_sink")
+    before = record_of(model)
+    other = hf_ctxopt.plan(facts("Llama-3.1-8B"), vram="80GiB", kv_bits=bits)
+    with pytest.raises(ConfigError, match="a plan of this LlamaForCausalLM") as refused:
+        hf_ctxopt.patch_model(model, plan=other)
+    assert refused.value.field == "plan"
+    assert record_of(model) is before
+
+
+@pytest.mark.parametrize("bits", [16, {"k": 8, "v": 4}])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_plan_of_a_config_or_another_dtype_is_of_the_same_model(bits: Any, dtype: torch.dtype) -> None:
+    model = tiny_model()
+    for given in (model.config, model):
+        made = hf_ctxopt.plan(given, vram="4GiB", kv_bits=bits)
+        hf_ctxopt.patch_model(model.to(dtype), plan=made)
+        assert record_of(model).plan == made  # type: ignore[union-attr]
 
 
 def test_a_chunk_is_only_that_of_the_plan_s_own_cache() -> None:

@@ -152,8 +152,14 @@ def test_a_patched_model_stays_patched() -> None:
 def test_an_error_leaves_the_model_as_it_was() -> None:
     model: Any = build("llama")
     names = set(AttentionInterface._global_mapping)
-    with pytest.raises(IndexError):
-        probe(model, torch.full((1, 64), 10_000))
+
+    def stop(*_: Any) -> None:
+        raise RuntimeError("stopped")
+
+    hook = model.model.layers[-1].register_forward_hook(stop)
+    with pytest.raises(RuntimeError, match="stopped"):
+        probe(model, IDS)
+    hook.remove()
     assert model.config._attn_implementation == "sdpa"
     assert set(AttentionInterface._global_mapping) == names
 
@@ -166,6 +172,28 @@ def test_bad_prompts_name_their_field(prompt: Any) -> None:
     with pytest.raises(ConfigError) as refused:
         probe(build("llama"), prompt)
     assert refused.value.field == "probe"
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        IDS.float(), IDS > 3, IDS.bfloat16(), [True] * 64, [1] * 63 + [True], [1] * 63 + [-1], [1] * 63 + [10**6],
+        [1] * 63 + [2**70], torch.full((1, 64), 10**6), -IDS - 1,
+    ],
+)  # fmt: skip
+def test_what_are_no_ids_of_the_model_is_refused(prompt: Any) -> None:
+    with pytest.raises(ConfigError) as refused:
+        probe(build("llama"), prompt)
+    assert refused.value.field == "probe"
+    assert "token ids" in refused.value.allowed
+
+
+def test_the_last_id_of_the_vocabulary_is_one() -> None:
+    model: Any = build("llama")
+    last = model.config.vocab_size - 1
+    assert probe(model, [last] * 40, answer=0).tokens == 40
+    with pytest.raises(ConfigError, match=f"below the {last + 1:,}"):
+        probe(model, [last + 1] * 40, answer=0)
 
 
 def test_plan_measures_the_prompt_it_is_given() -> None:

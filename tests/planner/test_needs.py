@@ -143,3 +143,21 @@ def test_json_of_needs() -> None:
     old = plan(facts("Llama-3.1-8B"), vram="8GiB").to_dict()
     del old["needs"]  # a plan of before there were needs
     assert Plan.from_dict(old).needs is None
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("tokens", "x"), ("tokens", None), ("queries", True), ("sinks", [4]), ("windows", None), ("windows", ["x"]),
+        ("groups", 3), ("groups", None), ("groups", [1]),
+    ],
+)  # fmt: skip
+def test_needs_of_other_types_name_the_field(field: str, value: Any) -> None:
+    with pytest.raises(ConfigError) as refused:
+        Needs.from_dict({**SUMMARY.to_dict(), field: value})
+    assert refused.value.field == f"needs.{field}"
+    row = SUMMARY.to_dict()["groups"][0]
+    for name, bad in (("layers", "x"), ("window", 1.5), ("text", None), ("answer", ["x"] * len(SUMMARY.windows))):
+        with pytest.raises(ConfigError) as refused:
+            Needs.from_dict({**SUMMARY.to_dict(), "groups": [{**row, name: bad}]})
+        assert refused.value.field == f"needs.{name}"

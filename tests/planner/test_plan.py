@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import pickle
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -14,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import hf_ctxopt
 from hf_ctxopt import ConfigError, DoesNotFitError, Plan, UnsupportedModelError, plan
 from hf_ctxopt.planner import hardware
+from hf_ctxopt.planner.facts import facts_of
 from hf_ctxopt.planner.hardware import Device
 from tests.planner.models import GIB, KNOWN, facts
 
@@ -30,6 +33,7 @@ TINY = {
         ({"agents": 1.5}, "agents"),
         ({"goal": "best"}, "goal"), ({"vram": "eight"}, "vram"), ({"vram": -1}, "vram"), ({"vram": True}, "vram"),
         ({"gpu": "voodoo2"}, "gpu"), ({"weights": "Q3_K"}, "weights"), ({"weights": []}, "weights"),
+        ({"weights": 3}, "weights"), ({"weights": [3]}, "weights"), ({"weights": True}, "weights"),
         ({"kv_bits": 3}, "kv_bits"), ({"kv_bits": {"k": 8}}, "kv_bits"), ({"kv_budget": "x"}, "kv_budget"),
         ({"reserve": "much"}, "reserve"), ({"device": "cpu"}, "device"), ({"page_size": 24}, "page_size"),
     ],
@@ -54,6 +58,54 @@ def test_json_round_trip_and_its_checks() -> None:
         Plan.from_dict({key: value for key, value in values.items() if key != "window"})
     with pytest.raises(AttributeError):
         found.context = 1  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("field", "values"),
+    [
+        ("bytes", [[1], None, {"weights": "x"}, {"zz": 1}]), ("on_host", [None, 3, "embedding", ["foo"], [1]]),
+        ("on_host", [["head", "head"]]), ("reasons", [None, "abc", [None]]),
+        ("kv_bits", ["8", 8, [8, 8], {"k": 8}, {"k": 8, "v": 3}, {"k": True, "v": 8}]),
+        ("context", [-1, 0, "256", True, None, 1.5]), ("chunk", [0, -3, "x"]), ("page_size", [0, 24, "x"]),
+        ("pages", [-5, None]), ("agents", [0]), ("batch", [0]), ("goal", ["zz", None]), ("vram", ["x", 0]),
+        ("kv_budget", [-1, "2GiB"]), ("weights", ["zz", 3, []]), ("model", [None]), ("quality", [4]),
+        ("cache", [None]), ("capacity", ["x", -1]), ("window", [256]), ("sinks", [4]),
+        ("ms_per_token", ["x", float("nan"), -1.0, True]),
+    ],
+)  # fmt: skip
+def test_json_of_no_plan_names_the_field(field: str, values: list[Any]) -> None:
+    made = plan(facts("Phi-4-mini"), gpu="rtx4070-laptop").to_dict()
+    for value in values:
+        with pytest.raises(ConfigError) as refused:
+            Plan.from_dict({**made, field: value})
+        assert refused.value.field == f"plan.{field}", value
+
+
+def test_a_plan_shares_no_dictionary_with_its_json() -> None:
+    made = plan(facts("Phi-4-mini"), gpu="rtx4070-laptop")
+    values = made.to_dict()
+    read = Plan.from_dict(values)
+    for changed in (values, made.to_dict(), read.cache_options, made.cache_options):
+        changed["kv_bits"]["k"] = 2
+        changed.get("bytes", {})["kv"] = 0
+    assert read == made == copy.deepcopy(made) == pickle.loads(pickle.dumps(made))
+    assert Plan.from_dict({**made.to_dict(), "bytes": MappingProxyType(made.bytes)}).to_dict() == made.to_dict()
+
+
+def test_json_with_other_bytes_or_another_cache_is_refused() -> None:
+    made = plan(facts("Phi-4-mini"), gpu="rtx4070-laptop").to_dict()
+    for count in (-1, "x", None, True):
+        with pytest.raises(ConfigError) as refused:
+            Plan.from_dict({**made, "bytes": {**made["bytes"], "kv": count}})
+        assert refused.value.field == "plan.bytes['kv']"
+    with pytest.raises(ConfigError, match="plan.window"):
+        Plan.from_dict({**made, "cache": "ctx_sink"})
+    with pytest.raises(ConfigError, match="exactly the fields"):
+        Plan.from_dict({**made, 3: 4, "zz": 5})
+    windowed = plan(facts("Llama-2-7B"), vram="8GiB", context=10_000).to_dict()
+    assert Plan.from_dict(windowed).window is not None
+    with pytest.raises(ConfigError, match="plan.sinks"):
+        Plan.from_dict({**windowed, "sinks": None})
 
 
 def test_print_names_every_part_and_the_card() -> None:
@@ -85,6 +137,23 @@ def test_what_is_no_model_is_refused(given: Any) -> None:
     assert refused.value.field in ("model", "model_type")
 
 
+BROKEN: list[dict[str, Any]] = [
+    {"num_attention_heads": 3}, {"hidden_size": "x"}, {"max_position_embeddings": None}, {"rope_scaling": "x"},
+    {"num_attention_heads": 0}, {"hidden_size": 0}, {"head_dim": 0}, {"num_hidden_layers": -1}, {"vocab_size": 0},
+    {"num_key_value_heads": 0}, {"rope_parameters": {"rope_type": "zz", "rope_theta": 1e4}}, {"hidden_act": "zz"},
+    {"dtype": "zz"},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("values", BROKEN)
+def test_a_broken_config_is_refused_in_one_line(values: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({**TINY, **values}))
+    for given in ({**TINY, **values}, tmp_path):
+        with pytest.raises((ConfigError, UnsupportedModelError)) as refused:
+            plan(given, vram="4GiB")
+        assert "\n" not in str(refused.value)
+
+
 def test_latent_attention_and_encoder_decoders_are_refused() -> None:
     latent = AutoConfig.for_model("deepseek_v3", num_hidden_layers=1, n_routed_experts=8)
     with pytest.raises(UnsupportedModelError, match="latent"):
@@ -99,6 +168,26 @@ def test_learned_positions_end_where_they_end() -> None:
     with pytest.raises(ConfigError, match="1024") as refused:
         plan(learned, vram="4GiB", context=2048)
     assert refused.value.field == "context"
+
+
+@pytest.mark.parametrize(
+    ("config", "trained"),
+    [
+        ({"model_type": "mpt", "d_model": 64, "n_heads": 4, "n_layers": 2, "vocab_size": 128}, 2048),
+        ({"model_type": "bloom", "hidden_size": 64, "n_head": 4, "n_layer": 2, "vocab_size": 128,
+          "seq_length": 1024}, 1024),
+        ({"model_type": "bloom", "hidden_size": 64, "n_head": 4, "n_layer": 2, "vocab_size": 128}, None),
+        ({"model_type": "xlnet", "d_model": 64, "n_head": 4, "n_layer": 2, "vocab_size": 128}, None),
+        ({**TINY, "max_position_embeddings": -1}, None), ({**TINY, "max_position_embeddings": 0}, None),
+        ({**TINY, "max_position_embeddings": 0, "n_ctx": 256}, 256),
+    ],
+)  # fmt: skip
+def test_the_trained_length_by_any_name(config: dict[str, Any], trained: int | None) -> None:
+    found = plan(config, vram="4GiB")
+    assert facts_of(config).trained == trained
+    assert found.context == (trained or 8192)
+    said = "its config does not say what length it was trained on" in found.reasons
+    assert said is (trained is None)
 
 
 def test_a_loaded_model_is_planned_as_it_stands(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -132,6 +221,27 @@ def test_reserve_is_adjustable() -> None:
     assert tight.bytes["reserve"] == 128 << 20
     assert tight.bytes["weights"] > usual.bytes["weights"]
     assert plan(facts("Llama-3.1-8B"), vram="8GiB", reserve=0).bytes["reserve"] == 0
+
+
+@pytest.mark.parametrize("none", [0, "0", " 0 ", "0GiB", "0.0 mb", "0B"])
+def test_nothing_can_be_left_alone(none: Any) -> None:
+    assert plan(facts("Phi-4-mini"), vram="8GiB", reserve=none).bytes["reserve"] == 0
+    for field in ("vram", "kv_budget"):
+        with pytest.raises(ConfigError) as refused:
+            plan(facts("Phi-4-mini"), **{"vram": "8GiB", field: none})
+        assert (refused.value.field, refused.value.value) == (field, none)
+
+
+@pytest.mark.parametrize("bad", ["-1", "-1GiB", "1e9", "", "0x10", True, 1.5, -1, [1]])
+def test_what_is_no_size_is_no_reserve(bad: Any) -> None:
+    with pytest.raises(ConfigError) as refused:
+        plan(facts("Phi-4-mini"), vram="8GiB", reserve=bad)
+    assert (refused.value.field, refused.value.value) == ("reserve", bad)
+
+
+def test_digits_alone_are_bytes() -> None:
+    digits = plan(facts("Phi-4-mini"), vram=str(8 * GIB), kv_budget=str(GIB), reserve=str(GIB))
+    assert digits == plan(facts("Phi-4-mini"), vram=8 * GIB, kv_budget=GIB, reserve=GIB)
 
 
 def test_remedies_fit() -> None:
