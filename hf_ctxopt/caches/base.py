@@ -223,6 +223,12 @@ class PageCache(DynamicCache, ABC):
         return f"{type(self).__name__}(seen={self.get_seq_length()}, nbytes={self.nbytes}, {held})"
 
 
+def attention_cache(cache: Any) -> PageCache | None:
+    """Our cache inside what a model was given (an encoder-decoder's too), if it is one of ours."""
+    inner = getattr(cache, "self_attention_cache", cache)
+    return inner if isinstance(inner, PageCache) else None
+
+
 _PAGED = (DynamicLayer, DynamicSlidingWindowLayer)
 
 

@@ -7,8 +7,6 @@ failed, down to `LEAST` tokens or a page. What was read before is kept. Only a p
 window (a chunk longer than it), or for which a budget by priority had dropped pages, cannot be taken back: there the
 whole text is read again. Where `generate` was given its new tokens only, a cache without a budget keeps the window's
 old pages until the chunk is through; elsewhere `InterruptedStepError` says that the text has to be fed again.
-
-Which errors mean "out of memory" follows accelerate (`accelerate/utils/memory.py`, `should_reduce_batch_size`).
 """
 
 from __future__ import annotations
@@ -22,26 +20,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..caches.base import PageCache
+from ..caches.base import PageCache, attention_cache
 from ..caches.layer import PageLayer
-from ..errors import ConfigError, InterruptedStepError
-from .build import attention_cache
+from ..errors import ConfigError, InterruptedStepError, out_of_memory
 from .compat import cache_in
 from .generate import only_text, slices_chunks
 from .positions import padding_of
 
 LEAST = 16
-_SIGNS = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
 _COLUMNS = ("attention_mask", "position_ids", "token_type_ids")
 
 Prefill = Callable[..., Any]
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """Whether an exception says that a device, or the host, has no memory left."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    return type(error).__module__ in ("builtins", "torch") and any(sign in str(error) for sign in _SIGNS)
 
 
 def read_halving(

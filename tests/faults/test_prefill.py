@@ -17,10 +17,9 @@ import hf_ctxopt
 from hf_ctxopt.caches import context
 from hf_ctxopt.caches.base import PageCache
 from hf_ctxopt.caches.layer import PageLayer
-from hf_ctxopt.errors import InterruptedStepError
+from hf_ctxopt.errors import InterruptedStepError, out_of_memory
 from hf_ctxopt.integration.compat import cache_in, generate_argument
 from hf_ctxopt.integration.generate import slices_chunks
-from hf_ctxopt.integration.halving import out_of_memory
 from tests.families import VOCAB, build, model_for
 from tests.faults.test_allocation import failing
 from tests.feeding import pad_left, routed
