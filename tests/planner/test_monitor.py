@@ -131,6 +131,50 @@ def test_undoing_stops_where_it_fills_memory_again() -> None:
     assert monitor.in_force == ("first",)
 
 
+def test_an_undo_that_raises_is_tried_again_and_no_other_one() -> None:
+    script = Script([0.95, 0.7, 0.7, 0.7])
+    first, second, third = (script.action(name) for name in ("first", "second", "third"))
+    broken = [True]
+
+    def undo() -> None:
+        if broken[0]:
+            raise ValueError("undo")
+        script.done.append("-second")
+
+    monitor = Monitor(script, [first, Action("second", second.act, undo), third], most=3)
+    script.place = 0
+    monitor.poll()
+    script.place = 1
+    for _ in range(2):
+        with pytest.raises(ValueError, match="undo"):
+            monitor.poll()
+    assert script.done[3:] == ["-third"]
+    assert monitor.in_force == ("first", "second")
+    broken[0] = False
+    monitor.poll()
+    assert script.done[3:] == ["-third", "-second", "-first"]
+    assert monitor.counts == {f"{kind} {name}": 1 for kind in ("act", "undo") for name in ("first", "second", "third")}
+
+
+def test_an_action_that_raises_is_asked_again_at_the_next_crossing() -> None:
+    script, asked = Script([0.95, 0.95, 0.96, 0.985]), [0]
+
+    def act() -> int:
+        asked[0] += 1
+        raise ValueError("act")
+
+    monitor = Monitor(script, [script.action("first"), Action("second", act)])
+    for place, raises in enumerate((True, False, False, True)):
+        script.place = place
+        if raises:
+            with pytest.raises(ValueError, match="act"):
+                monitor.poll()
+        else:
+            assert monitor.poll() == []
+    assert (monitor.crossings, asked[0]) == (2, 2)
+    assert monitor.in_force == ("first",)
+
+
 def test_events_are_told_logged_and_timed(caplog: pytest.LogCaptureFixture) -> None:
     script, told = Script([0.95]), []
     monitor = Monitor(script, [script.action("drop", amount=7)], callback=told.append, clock=lambda: 12.5)
