@@ -24,6 +24,9 @@ STEPS = (8, 4)  # bits of stored values, one step at a time
 def drop_prefixes(stores: Callable[[], Iterable[Any]], share: int = SHARE) -> Action:
     """Drop a part of the pages that prefix stores keep and no running text uses, by priority and then by age.
 
+    What is left is moved together, and the memory behind it given back: what it has done counts in bytes. A store
+    whose caches are in the middle of a step is passed over.
+
     Args:
         stores: gives the `PrefixStore`s to look at, e.g. `lambda: hf_ctxopt.stores().values()`.
         share: one in so many pages of a store goes.
@@ -34,14 +37,16 @@ def drop_prefixes(stores: Callable[[], Iterable[Any]], share: int = SHARE) -> Ac
     _check_count("share", share)
 
     def act() -> int:
-        gone = 0
+        freed = 0
         for store in stores():
             with store.lock:
-                pages = store.stats()["pages"]
-                if pages:
-                    store.reclaim(max(1, pages // share))
-                    gone += pages - store.stats()["pages"]
-        return gone
+                if store.movable:  # otherwise nothing would come back
+                    before, pages = store.nbytes, store.stats()["pages"]
+                    if pages:
+                        store.reclaim(max(1, pages // share))
+                    store.compact()
+                    freed += max(0, before - store.nbytes)
+        return freed
 
     return Action("drop_prefixes", act, again=True)
 

@@ -212,13 +212,13 @@ def test_kept_prefixes_go_by_age_and_what_is_in_use_stays() -> None:
                 cache_implementation="ctx_prefix", cache_config=config,
             )  # fmt: skip
         store = hf_ctxopt.stores()["monitored"]
-        before = store.stats()["pages"]
+        before, size = store.stats()["pages"], store.nbytes
         use = store_meter(store)
         assert 0 < use() < 1
         monitor = Monitor(fullest([lambda: 0.95, use]), [drop_prefixes(lambda: [store])], most=1)
         monitor.poll()
         assert store.stats()["pages"] == before - before // 4
-        assert monitor.events[0].amount == before // 4
+        assert monitor.events[0].amount == size - store.nbytes >= size // 4
         store.check_integrity()
     finally:
         hf_ctxopt.drop_store("monitored")
@@ -350,6 +350,7 @@ def test_the_usual_actions_run_in_their_order_and_are_taken_back() -> None:
                 cache_implementation="ctx_prefix", cache_config={"store": "usual", "page_size": 8},
             )  # fmt: skip
         store, sizes = hf_ctxopt.stores()["usual"], [paged.nbytes]
+        size = store.nbytes
         script = Script([0.5, 0.91, 0.92, 0.95, 0.99, 1.0, 0.8, 0.7, 0.5])
         monitor: Monitor = Monitor(script, usual(lambda: [paged, sink], lambda: [store], lambda: monitor))
         found = []
@@ -369,7 +370,8 @@ def test_the_usual_actions_run_in_their_order_and_are_taken_back() -> None:
             [],
         ]
         assert sizes[1] > 2 * sizes[2] == 2 * sizes[3] > 2.5 * sizes[4]
-        assert [event.amount for event in monitor.events if event.action == "drop_prefixes"] == [8, 6, 4, 3]
+        assert store.stats()["pages"] == 32 - 8 - 6 - 4 - 3
+        assert sum(event.amount for event in monitor.events if event.action == "drop_prefixes") == size - store.nbytes
         assert monitor.stats()["counts"]["act seal_colder"] == 2
         assert monitor.events[1].amount == sizes[1] - sizes[2]  # the other cache has no more than 8 bits
         assert paged.stats()["kv_bits"] == sink.stats()["kv_bits"] == {"k": 4, "v": 4}
