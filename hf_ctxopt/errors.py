@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
+
+_NO_MEMORY = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
 
 
 class CtxoptError(Exception):
@@ -86,3 +89,14 @@ class DoesNotFitError(CtxoptError, ValueError):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.shortfall, self.what, self.remedies)
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that a device, or the host, has no memory left. Does not import torch.
+
+    Which errors do follows accelerate (`accelerate/utils/memory.py`, `should_reduce_batch_size`).
+    """
+    torch = sys.modules.get("torch")
+    if isinstance(error, MemoryError) or (torch is not None and isinstance(error, torch.OutOfMemoryError)):
+        return True
+    return type(error).__module__ in ("builtins", "torch") and any(sign in str(error) for sign in _NO_MEMORY)

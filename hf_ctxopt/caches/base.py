@@ -181,9 +181,14 @@ class PageCache(DynamicCache, ABC):
         Raises:
             ConfigError: more bits than pages have, bits that the head size does not allow, or a prefix store's pages,
                 which other texts use too. Nothing has changed.
-            InterruptedStepError: a forward pass stopped between two layers; call `settle()` before.
+            InterruptedStepError: a forward pass is under way, or stopped between two layers; call `settle()` before.
             torch.OutOfMemoryError: there is no room. The cache can be read on, and this be called again.
         """
+        if not self.context.between_steps:
+            raise InterruptedStepError(
+                "a forward pass is under way, or stopped between two layers; call cache.settle() before its pages are "
+                "re-encoded"
+            )
         options = replace(self.options, kv_bits=kv_bits)
         wanted = [options.codecs(None if g.policy.most_held is None else g.policy.sinks) for g in self.groups]
         for group, codecs in zip(self.groups, wanted, strict=True):
@@ -218,6 +223,12 @@ class PageCache(DynamicCache, ABC):
         return f"{type(self).__name__}(seen={self.get_seq_length()}, nbytes={self.nbytes}, {held})"
 
 
+def attention_cache(cache: Any) -> PageCache | None:
+    """Our cache inside what a model was given (an encoder-decoder's too), if it is one of ours."""
+    inner = getattr(cache, "self_attention_cache", cache)
+    return inner if isinstance(inner, PageCache) else None
+
+
 _PAGED = (DynamicLayer, DynamicSlidingWindowLayer)
 
 
@@ -228,10 +239,6 @@ def window_of(layer: Any) -> int | None:
 
 def _check_requantize(group: LayerGroup, codecs: Codecs | None, kv_bits: Any) -> None:
     """Raise unless the group's pages can be stored by `codecs` (`None`: 16 bits)."""
-    if group.plan is not None:
-        raise InterruptedStepError(
-            "an earlier forward pass stopped between two layers; call cache.settle() before its pages are re-encoded"
-        )
     if group.arena.shared:
         raise ConfigError("kv_bits", kv_bits, "unchanged: other texts read the pages of a prefix store")
     held = (16, 16) if group.codecs is None else (group.codecs.keys.bits, group.codecs.values.bits)

@@ -77,6 +77,12 @@ class CacheContext:
             setattr(twin, name, copy.deepcopy(getattr(self, name), memo))
         return twin
 
+    @property
+    def between_steps(self) -> bool:
+        """Whether every layer has done its part of the last forward pass, and none has begun another."""
+        even = len({group.seen for group in self.groups}) <= 1
+        return even and not any(group.plan is not None or group.request is not None for group in self.groups)
+
     def forget_graph(self) -> None:
         """The next one-token steps capture anew: the model may have changed, or the pages are gone."""
         self.captured = self.warmed = self.barred = None

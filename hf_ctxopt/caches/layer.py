@@ -219,7 +219,7 @@ class PageLayer(CacheLayerMixin):
             self.group.select(rows.tolist())
 
     def _require_whole(self) -> None:
-        if self.group.plan is not None:
+        if not self.context.between_steps:
             raise InterruptedStepError(
                 "an earlier forward pass stopped between two layers; call cache.settle() before its rows are changed"
             )

@@ -17,6 +17,7 @@ from typing import Any
 from ..errors import ConfigError, IntegrityError
 from ..pages.arena import Arena
 from ..pages.budget import Budget
+from ..pages.compaction import compact
 from ..pages.group import LayerGroup
 from ..pages.plan import Pages
 from ..pages.radix import Node, RadixTree
@@ -93,8 +94,17 @@ class Found:
 class Lease:
     """The nodes that one cache keeps locked; it may outlive the cache until the store notices."""
 
-    def __init__(self) -> None:
+    def __init__(self, cache: Any) -> None:
         self.nodes: list[Node[Slot]] = []
+        self._cache = weakref.ref(cache)
+
+    @property
+    def movable(self) -> bool:
+        """Whether the cache does not mind that its pages move: no step is under way, or may be taken back."""
+        cache: Any = self._cache()
+        if cache is None:
+            return True
+        return bool(cache.context.between_steps) and not any(group.begun for group in cache.groups)
 
 
 class PrefixStore:
@@ -140,7 +150,7 @@ class PrefixStore:
             arenas: makes them.
             horizons: per arena, how far its layers look back; `None` for full attention.
             page_size: tokens of a page.
-            budget: the newest caller's limit.
+            budget: the newest caller's limit; what is kept beyond it, and not in use, goes.
             host_budget: likewise of the host's memory, for pages that must go; `None` for none of it.
             offload_priority: least priority of a page that is sent there.
 
@@ -162,11 +172,12 @@ class PrefixStore:
             self.budget.tokens, self.budget.nbytes = budget.tokens, budget.nbytes
             self.host_budget = host_budget if host_budget is not None else Budget()
             self.offload_priority = offload_priority
+            self._keep_to_budget()
             return self.arenas
 
     def lease(self, cache: object) -> Lease:
         """A lease that ends with the cache, if not before."""
-        lease = Lease()
+        lease = Lease(cache)
         self._leases.append(lease)
         weakref.finalize(cache, self._left.append, lease)
         return lease
@@ -271,6 +282,38 @@ class PrefixStore:
         self._forget(gone)
         self.counts["evicted_pages"] += sum(1 for slot in gone if not slot.away)
         return self.tree.resident_pages < before
+
+    @property
+    def movable(self) -> bool:
+        """Whether pages may be moved now: every cache that uses them is between two steps."""
+        return all(lease.movable for lease in self._leases)
+
+    def compact(self) -> int:
+        """Give back the memory of free pages; returns the bytes, 0 while a cache's step is under way.
+
+        Called by the thread that runs the model.
+        """
+        with self.lock:
+            self.collect()
+            return sum(compact(arena) for arena in self.arenas) if self.movable else 0
+
+    def _keep_to_budget(self) -> None:
+        """The budget may have fallen: evict down to it, and give the memory back."""
+        if not self._over([arena.capacity for arena in self.arenas]):
+            return
+        while (pages := self._over([arena.used for arena in self.arenas])) and self.reclaim(pages):
+            pass
+        self.compact()
+
+    def _over(self, held: Sequence[Pages]) -> int:
+        """By about how many pages of text so many pages of each arena exceed the budget."""
+        if self.budget.tokens is not None:
+            return max([0, *(sum(pages) - self.budget.tokens // self.page_size for pages in held)])
+        if self.budget.nbytes is None:
+            return 0
+        excess = sum(arena.bytes_of(pages) for arena, pages in zip(self.arenas, held, strict=True))
+        each = sum(arena.sealed_bytes or arena.page_bytes for arena in self.arenas)
+        return max(0, -(-(excess - self.budget.nbytes) // max(1, each)))
 
     def _away(self, slot: Slot, priority: int) -> Slot | None:
         """A place in the host's memory for a page that must go, if it is worth one."""

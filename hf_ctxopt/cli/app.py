@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 import typer
 from typer.core import TyperGroup
 
 from hf_ctxopt.cli import agents, bench, chat, console, env, plan, run
-from hf_ctxopt.errors import CtxoptError
+from hf_ctxopt.errors import CtxoptError, out_of_memory
 
 EXIT_USAGE = 2
 """Exit code of every error that the user can mend: a bad option, a missing file, a full cache."""
@@ -23,23 +22,17 @@ class _Commands(TyperGroup):
             return super().invoke(ctx)
         except CtxoptError as error:
             raise _exit(str(error)) from None
-        except RuntimeError as error:
-            if not _is_out_of_memory(error):
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error):
                 raise
             hint = "use ctx_sink with a smaller --window, or a smaller --budget, --context or --dtype"
-            raise _exit(f"out of GPU memory; {hint}") from None
+            raise _exit(f"out of memory; {hint}") from None
 
 
 def _exit(message: str) -> typer.Exit:
     """Prints the error line and returns the exit to raise."""
     console.error(message)
     return typer.Exit(EXIT_USAGE)
-
-
-def _is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether torch ran out of device memory; asked without importing torch, which may not be needed."""
-    torch = sys.modules.get("torch")
-    return torch is not None and isinstance(error, torch.OutOfMemoryError)
 
 
 app = typer.Typer(

@@ -7,7 +7,6 @@ from typing import Any
 
 import transformers.cache_utils
 from torch import Tensor, nn
-from transformers.cache_utils import Cache
 from transformers.modeling_utils import PreTrainedModel
 
 from ..caches import CACHES
@@ -99,12 +98,6 @@ def build_cache(
         if facts.rotary and takes_positions(decoder):
             cache.guard = PositionGuard(decoder)
     return cache
-
-
-def attention_cache(cache: Cache | None) -> PageCache | None:
-    """Our cache inside what a model was given, if it is one of ours."""
-    inner = getattr(cache, "self_attention_cache", cache)
-    return inner if isinstance(inner, PageCache) else None
 
 
 Evicting = SinkOptions | PriorityOptions

@@ -26,7 +26,7 @@ from ..caches.base import PageCache
 from ..caches.context import NotReplayable, debugging
 from ..caches.decode import DecodeState
 from ..caches.planned import finish_step, plan_step, running
-from ..errors import CtxoptError, IntegrityError
+from ..errors import CtxoptError, IntegrityError, out_of_memory
 from .capture import Capture, capture
 from .compat import cache_in
 from .compiled import CompiledLayers
@@ -162,11 +162,12 @@ class DecodeGraph:
                 held = capture(body, step.ids, step.positions - base, key, warm=self.compiled)
         except CtxoptError:
             raise
-        except torch.OutOfMemoryError as error:
-            context.forget_graph()
-            context.barred = "no memory for a graph"
-            raise NotReplayable(context.barred) from error
-        except RuntimeError as error:  # the model does something during its forward pass that no graph can hold
+        except RuntimeError as error:
+            if out_of_memory(error):
+                context.forget_graph()
+                context.barred = "no memory for a graph"
+                raise NotReplayable(context.barred) from error
+            # the model does something during its forward pass that no graph can hold
             self._barred = f"{type(model).__name__} cannot be captured ({_first_line(error)})"
             raise NotReplayable(self._barred) from error
         context.captured = held

@@ -11,11 +11,11 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
 from ..caches import CACHES
-from ..caches.base import PageCache
+from ..caches.base import PageCache, attention_cache
 from ..caches.options import PageOptions
 from ..caches.prefix import PrefixCache
 from ..errors import ConfigError, UnsupportedModelError
-from .build import Evicting, attention_cache, build_cache, check_holes, parse_options
+from .build import Evicting, build_cache, check_holes, parse_options
 from .chunking import chunk_size
 from .compat import generate_argument
 from .planned import AUTO, Settings, automatic

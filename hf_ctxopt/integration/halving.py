@@ -4,10 +4,9 @@ Wrapped around `GenerationMixin._prefill`, which reads a prompt at once or in ch
 runs out of memory, the cache is taken back to the tokens before that pass (a pass that every layer has stored is kept,
 unless it is the last, whose logits are needed), and the rest is read in pieces here, each half as long as the one that
 failed, down to `LEAST` tokens or a page. What was read before is kept. Only a pass that had let go of tokens of a
-window (a chunk longer than it) cannot be taken back: there the whole text is read again, or, where `generate` was
-given its new tokens only and the cache has no budget, the window's old pages are kept until the chunk is through.
-
-Which errors mean "out of memory" follows accelerate (`accelerate/utils/memory.py`, `should_reduce_batch_size`).
+window (a chunk longer than it), or for which a budget by priority had dropped pages, cannot be taken back: there the
+whole text is read again. Where `generate` was given its new tokens only, a cache without a budget keeps the window's
+old pages until the chunk is through; elsewhere `InterruptedStepError` says that the text has to be fed again.
 """
 
 from __future__ import annotations
@@ -21,26 +20,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..caches.base import PageCache
+from ..caches.base import PageCache, attention_cache
 from ..caches.layer import PageLayer
-from ..errors import ConfigError, InterruptedStepError
-from .build import attention_cache
+from ..errors import ConfigError, InterruptedStepError, out_of_memory
 from .compat import cache_in
 from .generate import only_text, slices_chunks
 from .positions import padding_of
 
 LEAST = 16
-_SIGNS = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
 _COLUMNS = ("attention_mask", "position_ids", "token_type_ids")
 
 Prefill = Callable[..., Any]
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """Whether an exception says that a device, or the host, has no memory left."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    return type(error).__module__ in ("builtins", "torch") and any(sign in str(error) for sign in _SIGNS)
 
 
 def read_halving(
@@ -62,8 +52,8 @@ def read_halving(
         torch.OutOfMemoryError: memory runs out at chunks of `LEAST` tokens, or of a page, too; or whatever else said
             so. The cache holds what was read before the chunk that failed (nothing, where the whole text would have
             had to be read again).
-        InterruptedStepError: a window has let go of tokens, the new ones are all that was given, and the budget had no
-            room for the old ones; `reset()` the cache and feed the whole text.
+        InterruptedStepError: a window has let go of tokens, or a budget has dropped pages, for the chunk that failed,
+            and the new ones are all that was given; `reset()` the cache and feed the whole text.
     """
     cache = attention_cache(cache_in(model_kwargs))
     if cache is None or not _splits(model, cache, generation_config, model_kwargs):
@@ -205,16 +195,25 @@ def _taken_back(error: BaseException, cache: PageCache, prompt: _Prompt, at: int
     if not out_of_memory(error):
         return False
     traceback.clear_frames(error.__traceback__)  # they hold the activations that were too many
+    before = [group.seen for group in cache.groups]
     try:
         cache.settle()
         if cache.get_seq_length() > at:
             cache.crop(at - cache.get_seq_length())
+        if any(group.dropped and group.seen < seen for group, seen in zip(cache.groups, before, strict=True)):
+            raise InterruptedStepError(
+                "the budget had dropped pages for the chunk that ran out of memory; call cache.reset() and feed the "
+                "whole text again"
+            )
     except (InterruptedStepError, ConfigError):
         if prompt.first > 0:
             raise
         _begin_again(cache, prompt)
         return prompt.chunk > prompt.least if size is None else size > prompt.least
-    return (min(prompt.chunk, prompt.columns - cache.get_seq_length()) if size is None else size) > prompt.least
+    seen = cache.get_seq_length()
+    if size is None and seen > prompt.start and before == [seen] * len(before):
+        return True  # a whole chunk was kept: what is left, however short, has not failed yet
+    return (min(prompt.chunk, prompt.columns - seen) if size is None else size) > prompt.least
 
 
 def _begin_again(cache: PageCache, prompt: _Prompt) -> None:
@@ -225,7 +224,7 @@ def _begin_again(cache: PageCache, prompt: _Prompt) -> None:
     for group, (announced, recording) in zip(cache.groups, known, strict=True):
         group.pads, group.announced, group.recording = pads, announced, recording
     cache.context.relieve(
-        "a text was read again from its beginning: a window had let go of tokens of the failed chunk"
+        "a text was read again from its beginning: a window or a budget had let go of tokens for the failed chunk"
     )
 
 

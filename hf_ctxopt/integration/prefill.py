@@ -16,15 +16,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..caches.base import attention_cache
 from ..caches.layer import PageLayer
 from ..caches.prefix import PrefixCache
 from ..caches.store import Found
-from .build import attention_cache, length_limit
+from ..errors import out_of_memory
+from .build import length_limit
 from .chunking import chunk_size
 from .compat import cache_argument, cache_in, generate_argument
 from .fingerprint import fingerprint
 from .generate import only_text, slices_chunks
-from .halving import out_of_memory, read_halving
+from .halving import read_halving
 from .positions import padding_of
 
 Method = Callable[..., Any]

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
 
+from ..errors import out_of_memory
 from ..kernels.rotate import RotaryFacts, rotate
 from .compat import cache_argument
 
@@ -56,9 +57,10 @@ def position_facts(model: nn.Module) -> PositionFacts:
     if decoder not in _known:
         try:
             facts = _find_out(model, decoder)
-        except torch.OutOfMemoryError:
-            raise
-        except _PROBE_ERRORS as error:  # any model code may run here; without an answer nothing may be evicted
+        except _PROBE_ERRORS as error:
+            if out_of_memory(error):
+                raise
+            # any model code may run here; without an answer nothing may be evicted
             why = f"{type(model).__name__} did not answer the position probe ({type(error).__name__}: {error})"
             return PositionFacts(refusal=why)
         if facts.refusal is not None:

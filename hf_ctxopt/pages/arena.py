@@ -52,7 +52,8 @@ class Arena:
         layers: indices of the layers.
         page_size: tokens of a page.
         codecs: how full pages are stored; `None` leaves all pages open.
-        shared: whether more than one table lists the pages. Then they are never moved to give memory back.
+        shared: whether more than one table lists the pages. Then a step does not move them to give memory back (see
+            `compaction.py`).
 
     Attributes:
         storage_version: grows whenever a layer's storage lies elsewhere.

@@ -24,6 +24,7 @@ def begin(group: LayerGroup, request: StepRequest) -> StepPlan:
     columns = group.dense_length(request.queries)
     plan = StepPlan(group.seen, request.queries, request.in_place, columns, request.sealing)
     group.before_eviction = None if request.evicting else group.before_eviction
+    group.dropped = any(request.drops)
     for row, pages in zip(group.rows, request.drops, strict=True):
         drop(group, row, pages)
     evict(group, request.pages)

@@ -6,8 +6,7 @@ import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-import torch
-
+from ..errors import out_of_memory
 from .plan import Pages
 from .pool import SEALED, PagePool
 
@@ -130,7 +129,9 @@ def compact_open(arena: Arena, capacity: int) -> None:
     order = sorted({page for listing in arena.listings for page in listing.listed() if page < SEALED})
     try:
         smaller = {layer: storage.compacted(order, capacity) for layer, storage in arena.storages.items()}
-    except (MemoryError, torch.OutOfMemoryError) as error:
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
         logger.warning("no memory to move %d pages together; a larger storage stays: %s", len(order), error)
         return
     arena.storage_version += 1
@@ -145,7 +146,9 @@ def _compact_sealed(arena: Arena, capacity: int) -> None:
     order = sorted({page for listing in arena.listings for page in listing.listed() if page >= SEALED})
     try:
         smaller = {layer: storage.compacted_sealed(order, capacity) for layer, storage in arena.storages.items()}
-    except (MemoryError, torch.OutOfMemoryError) as error:
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
         logger.warning("no memory to move %d pages together; a larger storage stays: %s", len(order), error)
         return
     arena.storage_version += 1

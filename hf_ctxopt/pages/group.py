@@ -67,6 +67,7 @@ class LayerGroup:
     Attributes:
         recording: steps must stay revocable: nothing is evicted or sealed that a step may have to bring back.
         evictor: names pages to drop when a budget is full; `None` where the policy's window says it all.
+        dropped: whether it named any for the step that was begun last: taking that back does not bring them back.
         keeping: all pages of a step stay until the next one begins, whatever the window.
         guarded: copies of what a step encodes of begun pages stay until the next one begins, so that taking the step
             back loses nothing even where it has gone through every layer.
@@ -102,6 +103,7 @@ class LayerGroup:
         self.recording = self.keeping = self.guarded = False
         self.begun: dict[int, dict[int, tuple[Tensor, Tensor]]] = {}
         self.evictor: Evictor | None = None
+        self.dropped = False
         self.request: StepRequest | None = None  # what was admitted for the coming step (see `admission.py`)
         self.plan: StepPlan | None = None
         self._late = False  # a layer turned up that missed the first step: only a fresh start helps
@@ -380,7 +382,7 @@ class LayerGroup:
             self.arena.clear()
         self.rows = []
         self.evicted_pages, self.pads = 0, None  # the padding was that of the text which is forgotten
-        self.recording = self._late = False
+        self.recording = self._late = self.dropped = False
         self.announced = 0
         self.set_seen(0)
 

@@ -133,31 +133,34 @@ class Monitor:
     def _press(self) -> None:
         self.crossings += 1
         done = 0
-        for action in self.actions:
-            if done == self.most or self.use <= self.high:
-                break
-            if action in self._in_force and not action.again:
-                continue
-            amount = action.act()
-            if not amount:
-                continue  # there was nothing to do: that is no action
-            done += 1
-            if action not in self._in_force:
-                self._in_force.append(action)
-            self._note(action, "act", amount)
-        self._mark = max(self.high, min(self.use + self.step, FULL))
+        try:
+            for action in self.actions:
+                if done == self.most or self.use <= self.high:
+                    break
+                if action in self._in_force and not action.again:
+                    continue
+                amount = action.act()
+                if not amount:
+                    continue  # there was nothing to do: that is no action
+                done += 1
+                if action not in self._in_force:
+                    self._in_force.append(action)
+                self._note(action, "act", amount)
+        finally:  # an action that raised is asked again at the next crossing, not at every poll
+            self._mark = max(self.high, min(self.use + self.step, FULL))
 
     def _relax(self) -> None:
         self._mark = self.high
-        for action in reversed(self._in_force):
-            if action.undo is None:
+        while self._in_force:
+            undo = self._in_force[-1].undo
+            if undo is not None:
+                undo()  # one that raises stays in force, and is undone at the next poll; those before it are done
+            action = self._in_force.pop()
+            if undo is None:
                 continue
-            action.undo()
             self._note(action, "undo", 0)
             if self.use >= self.low:  # taking it back has filled memory again: the rest waits
-                self._in_force = self._in_force[: self._in_force.index(action)]
                 return
-        self._in_force = []
 
     def _note(self, action: Action, kind: str, amount: int) -> None:
         before, self.use = self.use, self.meter()

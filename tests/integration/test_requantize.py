@@ -272,6 +272,39 @@ def test_refusals_change_nothing() -> None:
     assert narrow.options.kv_bits == 8
 
 
+@pytest.mark.parametrize("seen", [0, 60])
+def test_a_pass_between_two_groups_of_layers_is_a_pass(seen: int) -> None:
+    """The full layer has finished it and the sliding ones have not begun."""
+    kinds = ["full_attention", "sliding_attention", "sliding_attention"]
+    model, (ids, mask) = build("gemma3", layer_types=kinds), text()
+    with routed("fused", model, "ctx_paged"):
+        cache = hf_ctxopt.make_cache(model, "ctx_paged", page_size=8, attention_mask=mask)
+        layers, asked = model.get_decoder().layers, [0]
+        if seen:
+            go_on(model, cache, ids, mask, (seen,))
+
+        def asks(*_: Any) -> None:
+            asked[0] += 1
+            for change in (
+                lambda: cache.requantize(8),
+                lambda: cache.batch_repeat_interleave(2),
+                lambda: cache.batch_select_indices(torch.tensor([0])),
+            ):
+                with pytest.raises(InterruptedStepError, match="settle"):
+                    change()
+
+        hooks = [layer.register_forward_hook(asks) for layer in layers[:-1]]
+        go_on(model, cache, ids, mask, (9,))
+        for hook in hooks:
+            hook.remove()
+        assert asked == [len(layers) - 1]
+        assert [group.layers for group in cache.groups] == [(0,), (1, 2)]
+        cache.requantize(8)  # between two passes
+        cache.batch_repeat_interleave(2)
+        go_on(model, cache, ids.repeat_interleave(2, 0), mask.repeat_interleave(2, 0), (1, 5))
+        cache.check_integrity()
+
+
 def test_a_prefix_stores_pages_are_left_alone() -> None:
     model, (ids, mask) = build("llama"), text(1)
     try:
