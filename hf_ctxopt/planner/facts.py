@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError, UnsupportedModelError
-from ..weights.gguf_file import GgufFile
 from ..weights.mixes import Shape
 from ..weights.roles import Role, layer_of, role
 from ..weights.sizes import meta_model, shape_of, weights_of
 from ..weights.stored import stored_scheme
+from .configs import broken, config_at, config_of, gguf_file, reason
 
 _LENGTHS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "n_ctx")
 """What configs call the trained length, in the order in which they are asked."""
@@ -143,69 +143,15 @@ def facts_of(model: Any) -> ModelFacts:
     source = None
     if isinstance(model, str | Path):
         source = str(Path(model).parent if Path(model).name == "config.json" else model)
-        file = _gguf_file(str(model))
-        model = _config_at(str(model), file)
+        file = gguf_file(str(model))
+        model = config_at(str(model), file)
         if file is not None:
             return _facts(model, None, source, file.mix)
     elif isinstance(model, Mapping):
-        model = _config_of(model)
+        model = config_of(model)
     if not hasattr(model, "get_text_config"):
         raise ConfigError("model", type(model).__name__, "a transformers model or config, a dictionary or a path")
     return _facts(model, None, source, stored_scheme(getattr(model, "quantization_config", None)))
-
-
-def _gguf_file(spec: str) -> GgufFile | None:
-    path = Path(spec).expanduser()
-    return GgufFile(path) if path.suffix == ".gguf" and path.is_file() else None
-
-
-def _config_at(spec: str, file: GgufFile | None) -> Any:
-    from transformers import AutoConfig
-
-    path = Path(spec).expanduser()
-    if (
-        file is None
-        and not path.exists()
-        and (path.is_absolute() or spec.startswith((".", "~")) or spec.count("/") > 1)
-    ):
-        raise ConfigError("model", spec, "an existing folder, config.json or .gguf file, or a Hub id")
-    if file is not None:
-        from ..weights.gguf_load import gguf_config
-
-        return gguf_config(file)
-    try:
-        return AutoConfig.from_pretrained(str(path) if path.exists() else spec)
-    except _broken() as error:
-        raise ConfigError("model", spec, f"one whose config transformers can read ({_reason(error)})") from error
-
-
-def _config_of(values: Mapping[str, Any]) -> Any:
-    from transformers import CONFIG_MAPPING, AutoConfig
-
-    given = dict(values)
-    kind = given.pop("model_type", None)
-    if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
-        raise ConfigError("model_type", kind, "a type that this version of transformers knows")
-    try:
-        return AutoConfig.for_model(kind, **given)
-    except _broken() as error:
-        raise ConfigError("model", kind, f"a config that transformers can read ({_reason(error)})") from error
-
-
-def _broken() -> tuple[type[Exception], ...]:
-    """What transformers raises for a config that is not there or whose values make no sense: no type of its own."""
-    from huggingface_hub.errors import StrictDataclassError
-
-    return (
-        OSError, ImportError, StrictDataclassError, ValueError, TypeError, LookupError, AttributeError,
-        ArithmeticError, AssertionError, RuntimeError,
-    )  # fmt: skip
-
-
-def _reason(error: Exception) -> str:
-    """The message in one line."""
-    words = " ".join(str(error).split())
-    return f"{type(error).__name__}: {words}"[:240]
 
 
 def _facts(config: Any, model: Any, source: str | None, stored: str | None = None) -> ModelFacts:
@@ -249,9 +195,9 @@ def _meta(config: Any) -> Any:
     """
     try:
         return meta_model(config)
-    except _broken() as error:
+    except broken() as error:
         raise UnsupportedModelError(
-            f"{config.model_type}: transformers cannot build it from its config ({_reason(error)})"
+            f"{config.model_type}: transformers cannot build it from its config ({reason(error)})"
         ) from error
 
 

@@ -8,14 +8,14 @@ from typing import Any
 
 from ..errors import ConfigError, DoesNotFitError
 from ..weights.others import install_line
+from .cards import card_for
 from .facts import ModelFacts, facts_of
-from .fit import Card, Choice, Task
-from .footprint import chunks_for, reserve_of
-from .hardware import Device, best_device, bytes_of, device_of, from_profile, of_memory
+from .fit import Choice, Task
+from .footprint import chunks_for
+from .hardware import bytes_of
 from .ladder import Rung, ladder, worse
 from .needs import ERROR, Needs, described
 from .plan import Plan
-from .profiles import profile
 from .remedies import rejections, remedies
 from .schemes import LINEAR, LOADED, PLAIN
 from .speed import token_ms
@@ -85,7 +85,7 @@ def plan(
     """
     _check(context, batch, agents, goal)
     facts = facts_of(model)
-    card = _card(facts, model, vram, gpu, device, reserve)
+    card = card_for(facts, model, vram, gpu, device, reserve)
     live = facts.loaded is not None and weights is None
     rungs = ladder(LOADED if live else _schemes(facts, weights), _bits(kv_bits, page_size))
     budget = None if kv_budget is None else bytes_of("kv_budget", kv_budget)
@@ -371,36 +371,3 @@ def _check(context: int | None, batch: int, agents: int, goal: str) -> None:
             raise ConfigError(name, value, "an integer >= 1")
     if goal not in GOALS:
         raise ConfigError("goal", goal, f"one of {', '.join(GOALS)}")
-
-
-def _card(
-    facts: ModelFacts, model: Any, vram: int | str | None, gpu: str | None, device: Any, reserve: int | str | None
-) -> Card:
-    """The memory to plan for, from whichever of `vram`, `gpu` and `device` is given."""
-    given = [name for name, value in (("vram", vram), ("gpu", gpu), ("device", device)) if value is not None]
-    if len(given) > 1 and given != ["vram", "gpu"]:
-        raise ConfigError(given[-1], {"vram": vram, "gpu": gpu, "device": device}[given[-1]], f"unset with {given[0]}")
-    found = _device(facts, model, vram, gpu, device)
-    total = found.total if vram is None else bytes_of("vram", vram)
-    own = facts.loaded is not None and found.here
-    # What this process holds besides the model is there for others, as far as the plan goes.
-    others = found.others if not own else max(0, found.others + found.own - sum(facts.loaded or (0,)))
-    return Card(
-        name=found.device, vram=total, others=others,
-        context=found.context, reserve=reserve_of(total) if reserve is None else bytes_of("reserve", reserve, 0),
-        bandwidth=found.bandwidth, accelerator=found.accelerator,
-        like=None if found.here or found.device == found.name else found.name,
-    )  # fmt: skip
-
-
-def _device(facts: ModelFacts, model: Any, vram: int | str | None, gpu: str | None, device: Any) -> Device:
-    if gpu is not None:
-        return from_profile(profile(gpu))
-    if vram is not None:
-        return of_memory(bytes_of("vram", vram))
-    if device is not None:
-        return device_of(device)
-    if facts.loaded is not None:
-        place = next((p.device for p in model.parameters() if p.device.type != "cpu"), "cpu")
-        return device_of(place)
-    return best_device()
