@@ -133,6 +133,7 @@ class PageCache(DynamicCache, ABC):
             "fallbacks": dict(self.context.fallbacks),
             "graph": dict(self.context.graph),
             "relief": dict(self.context.relief),
+            "unchunked": dict(self.context.unchunked),
             "groups": groups,
         }
 

@@ -45,6 +45,7 @@ class CacheContext:
         graph: captures and replays of decode graphs, and steps that ran without one, by reason.
         relief: what was done about a lack of memory, by what it was.
         not_reused: prompts that were computed although a store could have had them, by reason.
+        unchunked: prompts that were read at once whatever chunk was asked for, by reason.
         decoders: device state of one-token steps, by group and device.
         captured: the decode graph of this cache, if there is one (see `integration/decode_graph.py`).
         warmed: the key of the step whose kernels have run once and may be captured.
@@ -61,6 +62,7 @@ class CacheContext:
     graph: Counter[str] = field(default_factory=Counter)
     relief: Counter[str] = field(default_factory=Counter)
     not_reused: Counter[str] = field(default_factory=Counter)
+    unchunked: Counter[str] = field(default_factory=Counter)
     decoders: dict[tuple[LayerGroup, torch.device], DecodeState] = field(default_factory=dict)
     captured: Any = None
     warmed: Any = None
@@ -73,7 +75,17 @@ class CacheContext:
         memo.setdefault(id(self.config), self.config)
         twin = CacheContext(memo[id(self.config)])
         memo[id(self)] = twin
-        for name in ("ledger", "groups", "steps", "fallbacks", "graph", "relief", "not_reused", "decoders"):
+        for name in (
+            "ledger",
+            "groups",
+            "steps",
+            "fallbacks",
+            "graph",
+            "relief",
+            "not_reused",
+            "unchunked",
+            "decoders",
+        ):
             setattr(twin, name, copy.deepcopy(getattr(self, name), memo))
         return twin
 
@@ -107,6 +119,10 @@ class CacheContext:
     def compute_all(self, reason: str) -> None:
         """Count a prompt that no store was asked about, and log each reason once per process."""
         self._note(self.not_reused, reason, "prompt computed without a look into the prefix store: %s")
+
+    def read_at_once(self, reason: str) -> None:
+        """Count a prompt that is not read in chunks, and log each reason once per process."""
+        self._note(self.unchunked, reason, "prompt read at once, and not in halves where memory runs out: %s")
 
     def fall_back(self, reason: str) -> None:
         """Count a detour from the fused route, and log each reason once per process."""

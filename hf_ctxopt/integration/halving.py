@@ -7,6 +7,9 @@ failed, down to `LEAST` tokens or a page. What was read before is kept. Only a p
 window (a chunk longer than it), or for which a budget by priority had dropped pages, cannot be taken back: there the
 whole text is read again. Where `generate` was given its new tokens only, a cache without a budget keeps the window's
 old pages until the chunk is through; elsewhere `InterruptedStepError` says that the text has to be fed again.
+
+Not halved are prompts of `inputs_embeds`, of encoder-decoders and of models in training mode, those of assisted
+decoding, which reads them by itself, and those that continue a text in chunks before transformers 5.23.
 """
 
 from __future__ import annotations

@@ -63,6 +63,8 @@ def wrap_decoding(original: Method) -> Method:
     @functools.wraps(original)
     def decoding(self: Any, input_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
         cache = attention_cache(cache_in(kwargs))
+        if cache is not None and original.__name__ == "_assisted_decoding":
+            cache.context.read_at_once("assisted decoding reads the prompt by itself")
         if not isinstance(cache, PrefixCache):
             return original(self, input_ids, *args, **kwargs)
         with cache.store.lock:

@@ -356,3 +356,17 @@ def test_it_is_logged_once(caplog: pytest.LogCaptureFixture, monkeypatch: pytest
     with caplog.at_level(logging.WARNING), short_of_memory(model, 0, most=20):
         run(model, hf_ctxopt.make_cache(model, "ctx_paged", page_size=8), ids, mask)
     assert caplog.text.count(HALVED) == 1
+
+
+@pytest.mark.parametrize("name", ["ctx_paged", "ctx_prefix"])
+def test_assisted_decoding_says_that_it_reads_the_prompt_at_once(name: str) -> None:
+    model = llama()
+    ids, mask = text(seq=90)
+    with routed("fused", model, name, page_size=8):
+        out = model.generate(
+            ids, attention_mask=mask, do_sample=False, max_new_tokens=3, prefill_chunk_size=32,
+            prompt_lookup_num_tokens=2, return_dict_in_generate=True,
+        )  # fmt: skip
+        assert cache_in(out).stats()["unchunked"] == {"assisted decoding reads the prompt by itself": 1}
+        out = model.generate(ids, attention_mask=mask, max_new_tokens=1, return_dict_in_generate=True)
+        assert cache_in(out).stats()["unchunked"] == {}
