@@ -44,7 +44,7 @@ def window(cache: PageCache) -> Any:
 
 
 def test_bits_stay_where_no_page_would_be_sealed() -> None:
-    """An unused cache, and one shorter than a page: fewer bits free nothing, and a text to come loses them."""
+    """An unused cache, and one shorter than a page: fewer bits free nothing and harm a text to come."""
     model = tiny_model()
     idle = hf_ctxopt.make_cache(model, "ctx_paged", page_size=8)
     short, one_page = filled(model, 20, page_size=32), filled(model, 8)  # of which the first page stays open
