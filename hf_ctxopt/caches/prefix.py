@@ -23,9 +23,10 @@ from ..pages.pool import SEALED
 from ..pages.rows import Row
 from ..policies.sink_window import SinkWindow
 from .base import PageCache
+from .found import Found
 from .options import PageOptions, PrefixOptions
 from .slot import KINDS
-from .store import Found, PrefixStore
+from .store import PrefixStore
 from .stores import store_named
 
 

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from ..caches.base import attention_cache
+from ..caches.found import Found
 from ..caches.layer import PageLayer
 from ..caches.prefix import PrefixCache
-from ..caches.store import Found
 from ..errors import out_of_memory
 from .build import length_limit
 from .chunking import chunk_size
