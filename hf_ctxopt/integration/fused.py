@@ -1,6 +1,6 @@
 """Norms and rotary embeddings as one kernel each, for as long as a decode step is warmed up and captured.
 
-In eager torch they are most of a step's kernels: 26 of the 46 of a Llama layer. A replay waits for every one of them.
+In eager torch they are eight to ten kernels each, most of those of a layer, and a replay waits for every one of them.
 
 Nothing is known by name alone. A norm is taken over if, on random inputs and a random weight, its own class computes
 what a form of `kernels/fused.py` computes, to the bit; so is a modeling file's `apply_rotary_pos_emb`. All else, and a
@@ -26,6 +26,8 @@ from ..kernels.dispatch import FusedKernels, fused_kernels
 from ..kernels.fused import NormForm
 
 ROTARY = "apply_rotary_pos_emb"
+_OTHER = (RuntimeError, TypeError, ValueError, AttributeError, LookupError, AssertionError)
+"""What a function that computes something else may raise when it is given a probe."""
 
 
 class FusedParts:
@@ -120,7 +122,7 @@ def _recognize(part: nn.Module, weight: Tensor, eps: float) -> NormForm | None:
     probe._parameters = {"weight": nn.Parameter(other, requires_grad=False)}
     try:
         want = type(part).forward(probe, x)
-    except (RuntimeError, TypeError, ValueError, AttributeError):  # it takes other arguments than a norm does
+    except _OTHER:  # it takes other arguments than a norm does
         return None
     if not isinstance(want, Tensor) or want.dtype != x.dtype:
         return None
@@ -146,7 +148,7 @@ def _is_plain_rotary(function: Callable[..., Any], device: torch.device, dtype: 
     given = [torch.randn(shape, generator=draw).to(device=device, dtype=dtype) for shape in shapes]
     try:
         got = function(*given)
-    except (RuntimeError, TypeError, ValueError, AttributeError, IndexError):
+    except _OTHER:
         return False
     pair = isinstance(got, tuple) and len(got) == 2
     return pair and all(map(torch.equal, got, fused.rotary(*given)))

@@ -97,8 +97,10 @@ def refusal(raw_keys: Tensor, bits: tuple[int, int] | None) -> str | None:
 
 
 def tile_bytes(raw_keys: Tensor) -> int:
-    """Shared memory of a program: a page of K and one of V, channels padded, and what is merged there. Compiled for
-    compute capability 8.9, every head and page size needs this or less (of 140 KiB for pages of 128, heads of 192)."""
+    """Shared memory of a program that reads these pages: one page of K and V, channels padded, and what is merged.
+
+    An upper bound, held against every head and page size compiled for compute capability 8.9.
+    """
     size, dim = raw_keys.shape[2:]
     return 2 * size * (1 << (dim - 1).bit_length()) * raw_keys.element_size() + (16 << 10)
 

@@ -78,6 +78,8 @@ class Odd(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         size = x.pow(2).mean(-1, keepdim=True)
+        if self.kind == "asserts":
+            assert x.dim() == 2
         if self.kind == "eps outside":
             return self.weight * (x / (size.sqrt() + self.eps))
         if self.kind == "centred":
@@ -85,7 +87,7 @@ class Odd(nn.Module):
         return self.weight * (x * torch.rsqrt(size + self.eps))
 
 
-@pytest.mark.parametrize("kind", ["eps outside", "centred", "bias"])
+@pytest.mark.parametrize("kind", ["eps outside", "centred", "bias", "asserts"])
 def test_another_formula_stays(kind: str, calls: Counter[str]) -> None:
     part = nn.Sequential(Odd(kind))
     with torch.no_grad(), FusedParts().inside(part):
