@@ -6,6 +6,7 @@ hit is where some layers slide follows vLLM's rule for hybrid models: a sliding 
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 import weakref
@@ -13,7 +14,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any
 
-from ..errors import ConfigError, IntegrityError
+from ..errors import ConfigError, IntegrityError, out_of_memory
 from ..pages.arena import Arena
 from ..pages.budget import Budget
 from ..pages.compaction import compact
@@ -21,6 +22,8 @@ from ..pages.plan import Pages
 from ..pages.radix import Node, RadixTree
 from .found import Found, Lease, Listed
 from .slot import KINDS, Slot, kind_of
+
+logger = logging.getLogger(__name__)
 
 Horizon = Callable[[int], int]
 """Oldest token that the query at a token may see (see `group.Retention`)."""
@@ -249,7 +252,14 @@ class PrefixStore:
             if not gone:
                 return None
             self._forget(gone)
-        slot.send_away(self.arenas)
+        try:
+            slot.send_away(self.arenas)
+        except (MemoryError, RuntimeError) as error:
+            if not out_of_memory(error):
+                raise
+            self.counts["host_refusals"] += 1
+            logger.warning("store %s: the host has no memory for a page, which is dropped: %s", self.name, error)
+            return None
         self.host_bytes += slot.host_bytes
         self.counts["sent_away_pages"] += 1
         return slot

@@ -257,13 +257,13 @@ def warm(model: Any, cache: PrefixCache, text: list[int], chunk: int | None, pro
     """
     size = cache.store.page_size
     goal = (len(text) - 1) // size * size
+    single = cache.sibling(goal)  # before anything is looked up: it may find the budget fallen, and evict
     (found,) = cache.find([text])
     start = found.longest(cache.groups, goal)
     while start % size:  # at the page's beginning a sliding layer looks further back, where pages may be gone
         start = found.longest(cache.groups, start // size * size)
     if start >= goal:
         return 0
-    single = cache.sibling(goal)
     if start and not single.adopt([found], start):
         start = 0
     name = cache_argument(type(model).forward) or generate_argument()

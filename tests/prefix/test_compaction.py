@@ -9,12 +9,14 @@ from typing import Any
 import pytest
 import torch
 
+from hf_ctxopt import make_cache
+from hf_ctxopt.caches import slot
 from hf_ctxopt.integration.compat import cache_in, generate_argument
 from hf_ctxopt.pages.storage import LayerStorage
 from hf_ctxopt.planner.actions import drop_prefixes
 from tests.families import build
 from tests.faults.test_allocation import ERRORS
-from tests.prefix.rig import draw, reused, same, say, store
+from tests.prefix.rig import STORE, draw, reused, same, say, store
 
 
 @pytest.fixture(scope="module")
@@ -112,3 +114,51 @@ def test_a_lease_does_not_keep_its_cache_alive(model: Any) -> None:
     gc.collect()
     assert cache() is None
     assert store().movable
+
+
+def test_a_budget_that_falls_while_a_prompt_is_looked_up() -> None:
+    """The caller with the smaller budget evicts before it looks for its prefix, not between looking and taking."""
+    sliding = build("gemma3")
+    small = make_cache(sliding, "ctx_prefix", page_size=8, store=STORE, budget=120)
+    text = draw(60, 1)
+    say(sliding, text, {})  # without a budget
+    for seed in range(10, 15):
+        say(sliding, draw(60, seed), {"priorities": [[0, 60, 90]], "decode_priority": 90})
+    gc.collect()
+    ids = torch.tensor([text[:48] + draw(30, 5)])
+    got = sliding.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False, return_dict_in_generate=True,
+        output_logits=True, **{generate_argument(): small},
+    )  # fmt: skip
+    same(got, say(sliding, ids[0].tolist()))
+    store().check_integrity()
+
+
+def test_a_host_without_memory_drops_pages(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = {"cpu_budget": "1MiB"}
+    for text in TEXTS[:3]:
+        say(model, text, config)
+    gc.collect()
+
+    def failing(*args: Any) -> None:
+        raise RuntimeError("CUDA error: out of memory")
+
+    monkeypatch.setattr(slot, "_copy", failing)
+    assert drop_prefixes(lambda: [store()]).act() > 0
+    same(say(model, TEXTS[3], {**config, "budget": 80}), say(model, TEXTS[3]))
+    assert store().counts["host_refusals"] > 0
+    assert store().host_bytes == 0
+    store().check_integrity()
+
+
+def test_another_failure_of_the_host_goes_through(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    for text in TEXTS[:2]:
+        say(model, text, {"cpu_budget": "1MiB"})
+    gc.collect()
+
+    def failing(*args: Any) -> None:
+        raise RuntimeError("device-side assert")
+
+    monkeypatch.setattr(slot, "_copy", failing)
+    with pytest.raises(RuntimeError, match="device-side"):
+        drop_prefixes(lambda: [store()]).act()
