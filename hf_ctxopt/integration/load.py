@@ -67,6 +67,10 @@ def load(
     try:
         file = _as_it_is(found, source, extra)
         model, tokenizer = (None, None) if file is None else _packed(file, options, place)
+        if file is not None and tokenizer is None:
+            raise CtxoptError(
+                f"{found.model!r} has no vocabulary: write it with save_gguf(..., tokenizer=), or use load_gguf"
+            )
         tokenizer = tokenizer or AutoTokenizer.from_pretrained(source, **extra, **_hub(options))
         model = model or _model(found, source, {**extra, **options}, place)
     except LOAD_ERRORS as error:

@@ -17,6 +17,7 @@ from .codecs import decode
 from .config import GgufQuantConfig
 from .experts import experts_part
 from .gguf_checks import check_metadata, check_shapes, describing
+from .gguf_complete import complete, refuse
 from .gguf_file import GgufFile, need_gguf
 from .gguf_names import NamedTensor, named_tensors
 from .gguf_rope import FREQUENCIES, scaling_in
@@ -27,10 +28,6 @@ from .sizes import meta_model
 from .upstream import reading_once
 
 logger = logging.getLogger(__name__)
-_WIDTHS = {
-    "expert_feed_forward_length": "moe_intermediate_size",
-    "expert_shared_feed_forward_length": "shared_expert_intermediate_size",
-}
 
 
 def load_gguf(path: str | os.PathLike[str], dtype: torch.dtype | None = None, **options: Any) -> tuple[Any, Any]:
@@ -83,7 +80,7 @@ def load_gguf(path: str | os.PathLike[str], dtype: torch.dtype | None = None, **
 
 
 def gguf_config(file: GgufFile) -> Any:
-    """transformers' config of an open file, with what it leaves out: rotary scaling, and the widths of experts.
+    """transformers' config of an open file, with what it leaves out (`gguf_complete.py`) and rotary scaling.
 
     Raises:
         UnsupportedModelError: an architecture that transformers cannot convert.
@@ -93,16 +90,13 @@ def gguf_config(file: GgufFile) -> Any:
 
     place = Path(file.header.path)
     check_metadata(file)
+    refuse(file)
     with describing(file):
         config = AutoConfig.from_pretrained(place.parent, gguf_file=place.name, local_files_only=True)
     if getattr(config, "quantization_config", None) is not None:
         del config.quantization_config
     _scale_rotary(file, config)
-    text = config.get_text_config()
-    for key, name in _WIDTHS.items():
-        width = file.metadata.get(f"{file.architecture}.{key}")
-        if width and hasattr(text, name):
-            setattr(text, name, width)
+    complete(file, config.get_text_config())
     return config
 
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 from ..errors import UnsupportedModelError
+from .gguf_complete import WIDE_SCALE
 from .gguf_rope import rotary_of, scaling_metadata
 from .upstream import config_keys
+
+logger = logging.getLogger(__name__)
 
 # transformers' model type -> (llama.cpp's architecture, transformers' name of the table's row). In these the values
 # are llama.cpp's but for the order of q and k rows (llama, mistral) and norms stored plus one (gemma). A Mistral is a
@@ -48,6 +52,7 @@ def metadata_of(config: Any) -> dict[str, Any]:
     """
     family = family_of(config)
     architecture, row = ARCHITECTURES[family]
+    _refuse_unwritten(config, family, architecture)
     rotary = rotary_of(config)
     found: dict[str, Any] = {}
     for key, name in config_keys()[row].items():
@@ -74,6 +79,27 @@ def metadata_of(config: Any) -> dict[str, Any]:
     if getattr(config, "sliding_window", None):
         found[f"{architecture}.attention.sliding_window"] = config.sliding_window
     return found
+
+
+def _refuse_unwritten(config: Any, family: str, architecture: str) -> None:
+    """Raises `UnsupportedModelError` for settings that no file holds and that would be read back as others."""
+    for name in ("use_sliding_window", *(() if architecture == "llama" else ("attention_bias",))):
+        if getattr(config, name, False):
+            raise UnsupportedModelError(f"no .gguf is written for a {family} with {name}")
+    usual = type(config)(num_hidden_layers=config.num_hidden_layers)
+    for name in ("hidden_act", "hidden_activation", "layer_types"):
+        value = getattr(config, name, None)
+        if value != getattr(usual, name, None):
+            raise UnsupportedModelError(f"no .gguf is written for a {family} with {name}={value}: no file holds it")
+    scale = getattr(config, "query_pre_attn_scalar", None)
+    wide = (architecture, config.num_hidden_layers) in WIDE_SCALE
+    read_back = config.hidden_size // config.num_attention_heads if wide else 256
+    if scale is not None and scale != read_back:
+        raise UnsupportedModelError(
+            f"no .gguf is written for a {family} with query_pre_attn_scalar={scale}: it would be read as {read_back}"
+        )
+    if family == "mistral" and getattr(config, "sliding_window", None):
+        logger.warning("a Mistral is a llama in a .gguf file: its sliding window is not read back")
 
 
 def rotated_channels(config: Any) -> int:

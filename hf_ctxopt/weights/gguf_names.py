@@ -6,6 +6,7 @@ the orders of packed rows are applied here, by llama.cpp's rules.
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ from .blocks import BLOCKS
 from .gguf_file import GgufFile, need_gguf
 from .row_orders import bloom_interleaved, rotary_to_halves
 from .upstream import name_map, plain_processor, processors
+
+logger = logging.getLogger(__name__)
 
 _EXPERTS = re.compile(r"(?P<stem>.*\.ffn_(?P<part>gate|up|down)_exps)\.weight$")
 # Architectures whose converters change values in a way that is not undone here (transformers keeps qwen35 packed
@@ -83,6 +86,8 @@ def named_tensors(file: GgufFile, model: Any) -> Iterator[NamedTensor]:
         else:
             parameter = names.get(key)
         if parameter is None:
+            if name.startswith("blk."):
+                logger.warning("%s: the model has no place for %s", file.header.path, name)
             continue
         yield _converted(file, name, parameter, config, processor, experts["part"] if experts else None)
 

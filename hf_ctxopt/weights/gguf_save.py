@@ -40,7 +40,7 @@ def save_gguf(
         The path.
 
     Raises:
-        UnsupportedModelError: a model type, a weight, a rotary scaling or a tokenizer that no file is written of.
+        UnsupportedModelError: a model type, a setting, a weight, a rotary scaling or a tokenizer that no file holds.
         ConfigError: weights of another project's format, or that are not in memory.
         CtxoptError: the package `gguf` is missing.
         OSError: the file cannot be written; an older one of that name is untouched.

@@ -41,11 +41,14 @@ def left_dense(model: nn.Module) -> set[str]:
 
 @functools.lru_cache(1024)
 def _read(kind: type[Any]) -> frozenset[str]:
-    """Names of the children whose weight's dtype the `forward` of `kind` reads without minding uint8."""
+    """Names of the children whose weight the code of `kind` uses itself, or its dtype without minding uint8."""
     try:
         code = inspect.getsource(kind.forward)
     except (OSError, TypeError):  # no source: `gguf_matmul` refuses such activations when they come
         return frozenset()
     read = set(re.findall(r"self\.(\w+)\.weight\.dtype", code))
     minded = set(re.findall(r"self\.(\w+)\.weight\.dtype(?: != torch\.uint8|\)?\.is_floating_point)", code))
-    return frozenset(read - minded)
+    used = set(
+        re.findall(r"self\.(\w+)\.weight @", code)
+    )  # multiplied here, past the layer's own forward (Jamba, Mamba)
+    return frozenset(read - minded | used)
