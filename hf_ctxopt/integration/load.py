@@ -62,16 +62,10 @@ def load(
     if found.weights in OTHERS:
         check_other(found.weights, place.type)  # before anything is read
     source, extra = source_of(found.model)
-    from transformers import AutoTokenizer
-
     try:
         file = _as_it_is(found, source, extra)
         model, tokenizer = (None, None) if file is None else _packed(file, options, place)
-        if file is not None and tokenizer is None:
-            raise CtxoptError(
-                f"{found.model!r} has no vocabulary: write it with save_gguf(..., tokenizer=), or use load_gguf"
-            )
-        tokenizer = tokenizer or AutoTokenizer.from_pretrained(source, **extra, **_hub(options))
+        tokenizer = tokenizer or _tokenizer(source, {**extra, **_hub(options)}, file)
         model = model or _model(found, source, {**extra, **options}, place)
     except LOAD_ERRORS as error:
         if isinstance(error, CtxoptError):
@@ -122,6 +116,21 @@ def _as_it_is(plan: Plan, source: str, extra: Mapping[str, Any]) -> GgufFile | N
         return None
     file = GgufFile(Path(source) / extra["gguf_file"])
     return file if file.mix == plan.weights else None
+
+
+def _tokenizer(source: str, options: dict[str, Any], file: GgufFile | None) -> Any:
+    """The tokenizer beside the weights, or in the file that holds them."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(source, **options)
+    except LOAD_ERRORS as error:
+        if file is None:
+            raise
+        where = file.header.path
+        raise CtxoptError(
+            f"{where} has no vocabulary: write it with save_gguf(..., tokenizer=), or use load_gguf"
+        ) from error
 
 
 def _packed(file: GgufFile, options: Mapping[str, Any], place: torch.device) -> tuple[Any, Any]:
