@@ -28,6 +28,16 @@ def _larger(first, second):  # type: ignore[no-untyped-def]
     return tl.maximum(first, second, propagate_nan=tl.PropagateNan.ALL)
 
 
+@triton.jit
+def halves(low, high, ASM: tl.constexpr):  # type: ignore[no-untyped-def]
+    """A word of the lower halves of two."""
+    if ASM:
+        return tl.inline_asm_elementwise(
+            "prmt.b32 $0, $1, $2, 0x5410;", "=r,r,r", [low, high], dtype=tl.int32, is_pure=True, pack=1
+        )
+    return (low & 0xFFFF) | (high << 16)
+
+
 @triton.jit  # type: ignore[untyped-decorator]
 def fixed(x, index, given, KIND: tl.constexpr, LIMIT: tl.constexpr, ASM: tl.constexpr):  # type: ignore[no-untyped-def]
     """Chunks of activations in fixed point.
@@ -52,13 +62,7 @@ def fixed(x, index, given, KIND: tl.constexpr, LIMIT: tl.constexpr, ASM: tl.cons
     scale = tl.where(size > SMALLEST, scale, 0.0)  # NaN and infinity come back by the unit
     first = (first * scale + ROUND).to(tl.int32, bitcast=True)
     second = (second * scale + ROUND).to(tl.int32, bitcast=True)
-    if ASM:
-        words = tl.inline_asm_elementwise(
-            "prmt.b32 $0, $1, $2, 0x5410;", "=r,r,r", [first, second], dtype=tl.int32, is_pure=True, pack=1
-        )
-    else:
-        words = (first & 0xFFFF) | (second << 16)
-    return words, unit
+    return halves(first, second, ASM), unit
 
 
 @triton.jit  # type: ignore[untyped-decorator]

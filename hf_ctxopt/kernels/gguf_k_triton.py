@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 from triton import language as tl
 
-from hf_ctxopt.kernels.gguf_fixed_triton import dot_eight, fixed, spread, spread_unit, sum_of
+from hf_ctxopt.kernels.gguf_fixed_triton import dot_eight, fixed, halves, spread, spread_unit, sum_of
 from hf_ctxopt.kernels.gguf_parts_triton import half_of, split_four
 
 LIMIT = tl.constexpr(32767.0)  # two groups of Q4_K's 32 products of 15, this and 63 stay below 2^31
@@ -98,13 +98,14 @@ def matmul_k(  # type: ignore[no-untyped-def]
         else:
             f0, f1, f2, f3, f4, f5, f6, f7 = w0, w0, w0, w0, w0, w0, w0, w0
         factors, a, b, c = split_four(tl.load(head[:, :, None] + inner), CHUNKS, TILE)
-        # Both 6-bit scales of the chunk, in bits 0-5 and 8-13, and both minima: groups 4-7 have their upper two bits
-        # where groups 0-3 have nothing else.
+        # Both 6-bit scales of the chunk, in bits 0-5 and 8-13, and both minima, in bits 16-21 and 24-29: a register
+        # less for every output. Groups 4-7 have their upper two bits where groups 0-3 have nothing else.
         late = pair >= 2
         half = (pair & 1) * 16
         upper, mask, lower = half + tl.where(late, 2, 0), tl.where(late, 0x3030, 0x3F3F), tl.where(late, 0x0F0F, 0)
         scales = ((a >> upper) & mask) | ((c >> half) & lower)
         minima = ((b >> upper) & mask) | ((c >> (half + 4)) & lower)
+        six = halves(scales, minima, ASM)
         if EARLY:
             tl.extra.cuda.gdc_wait()  # weights do not depend on the kernel before this one, activations do
         for m in tl.range(TAKEN):
@@ -123,10 +124,10 @@ def matmul_k(  # type: ignore[no-untyped-def]
             low, high = _eight(low, high, x2, x6, w4, w5, f4, f5, BITS, ASM)
             low, high = _eight(low, high, x3, x7, w6, w7, f6, f7, BITS, ASM)
             if BITS == 4:
-                product = (low * (scales & 255) + (high >> 4) * (scales >> 8)).to(tl.float32)
+                product = (low * (six & 255) + (high >> 4) * ((six >> 8) & 255)).to(tl.float32)
             else:  # two groups' 32 products of 31, 32,767 and 63 exceed 2^31
-                product = (low * (scales & 255)).to(tl.float32) + (high * (scales >> 8)).to(tl.float32)
-            less = low_sum * (minima & 255) + high_sum * (minima >> 8)
+                product = (low * (six & 255)).to(tl.float32) + (high * ((six >> 8) & 255)).to(tl.float32)
+            less = low_sum * ((six >> 16) & 255) + high_sum * (six >> 24)
             done = half_of(factors) * product - half_of(factors >> 16) * less.to(tl.float32)
             done = tl.sum(done * spread_unit(unit, CHUNKS), 0)
             result += tl.where(tl.arange(0, TAKEN)[:, None] == m, done[None, :], 0.0)

@@ -28,11 +28,13 @@ class Launch:
         tile: outputs of a program.
         chunks: 64-weight pieces of a row that a program holds at a time, 16, 32 or 64.
         warps: warps of a program.
+        registers: most of a thread, on an NVIDIA GPU; none for as many as the compiler likes.
     """
 
     tile: int
     chunks: int
     warps: int
+    registers: int | None = None
 
 
 # Type -> (bits, minimum)
@@ -97,6 +99,8 @@ def matmul(x: Tensor, packed: Tensor, type: str, launch: Launch | None = None) -
               "EARLY": early, "EVEN": even, "ASM": ASM, "num_warps": launch.warps}  # fmt: skip
     if early:
         common["launch_pdl"] = True
+    if launch.registers is not None:
+        common["maxnreg"] = launch.registers
     if wide:
         matmul_k[grid](x, packed.view(torch.int32), out, rows, outputs, BITS=bits, **common)
     elif type == "Q6_K":
