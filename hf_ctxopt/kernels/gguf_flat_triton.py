@@ -12,7 +12,7 @@ import triton
 from triton import language as tl
 
 from hf_ctxopt.kernels.gguf_fixed_triton import dot_eight, fixed, load_four_words, spread, spread_unit, sum_of
-from hf_ctxopt.kernels.gguf_parts_triton import half_of
+from hf_ctxopt.kernels.gguf_parts_triton import fetch_ahead, half_of
 
 LIMIT = tl.constexpr(32767.0)  # 32 products of this and 128 stay below 2^31
 LOW = tl.constexpr(0x0F0F0F0F)
@@ -84,6 +84,8 @@ def matmul_flat(  # type: ignore[no-untyped-def]
     EARLY: tl.constexpr,
     EVEN: tl.constexpr,  # whether outputs are a multiple of TILE
     ASM: tl.constexpr,
+    AHEAD: tl.constexpr,
+    WARPS: tl.constexpr,
 ):
     """out[m, o] = sum over columns of x[m] times weight[o].
 
@@ -116,6 +118,9 @@ def matmul_flat(  # type: ignore[no-untyped-def]
         head = (left_over + tl.minimum(2 * chunk + 1, BLOCKS - 1) * WORDS)[:, None]
         far, far_factor, far_minimum = _codes(packed, wide, head, start, BITS, AFFINE, ALIGNED, ASM)
         if EARLY:
+            if step == 0:
+                first = packed.to(tl.int64) + 2 * left_over
+                fetch_ahead(first, tile, outputs, ROW * 2, TILE, STEPS, AHEAD, WARPS)
             tl.extra.cuda.gdc_wait()
         index = chunk[:, None] * 32 + tl.arange(0, 32)[None, :]
         for m in tl.range(TAKEN):

@@ -13,7 +13,7 @@ import triton
 from triton import language as tl
 
 from hf_ctxopt.kernels.gguf_fixed_triton import dot_eight, fixed, halves, spread, spread_unit, sum_of
-from hf_ctxopt.kernels.gguf_parts_triton import half_of, split_four
+from hf_ctxopt.kernels.gguf_parts_triton import fetch_ahead, half_of, split_four
 
 LIMIT = tl.constexpr(32767.0)  # two groups of Q4_K's 32 products of 15, this and 63 stay below 2^31
 LOW, HIGH = tl.constexpr(0x0F0F0F0F), tl.constexpr(-0x0F0F0F10)  # low and high nibbles
@@ -57,6 +57,8 @@ def matmul_k(  # type: ignore[no-untyped-def]
     EARLY: tl.constexpr,
     EVEN: tl.constexpr,  # whether outputs are a multiple of TILE
     ASM: tl.constexpr,  # whether NVIDIA's instructions can be used
+    AHEAD: tl.constexpr,  # the program so many later has its weights fetched into the L2 cache; 0 for none
+    WARPS: tl.constexpr,
 ):
     """out[m, o] = sum over columns of x[m] times weight[o].
 
@@ -107,6 +109,8 @@ def matmul_k(  # type: ignore[no-untyped-def]
         minima = ((b >> upper) & mask) | ((c >> (half + 4)) & lower)
         six = halves(scales, minima, ASM)
         if EARLY:
+            if step == 0:
+                fetch_ahead(packed.to(tl.int64), tile, outputs, BLOCKS * WORDS * 4, TILE, STEPS, AHEAD, WARPS)
             tl.extra.cuda.gdc_wait()  # weights do not depend on the kernel before this one, activations do
         for m in tl.range(TAKEN):
             index = first * 32 + tl.arange(0, CHUNKS)[:, None] * 32 + tl.arange(0, 32)[None, :]

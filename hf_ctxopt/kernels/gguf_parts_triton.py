@@ -1,4 +1,4 @@
-"""What the kernels over GGUF blocks share: loads of activations, words of a thread, fp16 factors."""
+"""What the kernels over GGUF blocks share: loads of activations, words of a thread, fp16 factors, fetching ahead."""
 
 from __future__ import annotations
 
@@ -44,3 +44,50 @@ def split_four(words, A: tl.constexpr, B: tl.constexpr):  # type: ignore[no-unty
 def half_of(word):  # type: ignore[no-untyped-def]
     """The low 16 bits of an int as an fp16 scale, in float32."""
     return (word & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _fetch(first, rows, ROW: tl.constexpr, TILE: tl.constexpr, WARPS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Asks for `rows` rows at the address `first`, TILE at most, none if negative."""
+    address = first & -16
+    left = (rows * ROW + (first - address).to(tl.int32)) & -16
+    EACH: tl.constexpr = (TILE * ROW + 16 * WARPS - 1) // (16 * WARPS) * 16
+    place = tl.arange(0, 32 * WARPS) // 32 * EACH  # alike in a warp, which asks once
+    tl.inline_asm_elementwise(
+        """
+        {
+            .reg .pred some;
+            setp.gt.s32 some, $2, 0;
+            @some cp.async.bulk.prefetch.L2.global [$1], $2;
+            mov.b32 $0, $2;
+        }
+        """,
+        "=r,l,r", [address + place, tl.minimum(left - place, EACH)], dtype=tl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def fetch_ahead(  # type: ignore[no-untyped-def]
+    first, tile, outputs, ROW: tl.constexpr, TILE: tl.constexpr, STEPS: tl.constexpr, AHEAD: tl.constexpr,
+    WARPS: tl.constexpr,
+):  # fmt: skip
+    """Has rows of packed weights brought into the L2 cache; needs compute capability 9.0.
+
+    A program that starts early waits for the kernel before it with its weights in registers, and the multiprocessors
+    have no room for the rest of the grid: the memory would rest while they wait, and while they compute.
+
+    Args:
+        first: address of the program's first row.
+        tile: its number.
+        outputs: rows of the weight.
+        ROW: bytes of a row.
+        TILE: rows of a program.
+        STEPS: into which a program cuts its rows; it has the later ones fetched.
+        AHEAD: the program so many later has all its rows fetched; 0 for none.
+        WARPS: of a program.
+    """
+    if AHEAD:
+        rows = tl.minimum(outputs - tile - AHEAD * TILE, TILE)
+        _fetch(first + AHEAD * TILE * ROW, rows, ROW, TILE, WARPS)
+    if STEPS > 1:
+        _fetch(first, tl.minimum(outputs - tile, TILE), ROW, TILE, WARPS)

@@ -13,7 +13,7 @@ import triton
 from triton import language as tl
 
 from hf_ctxopt.kernels.gguf_fixed_triton import dot_eight, fixed, load_four_words, spread, spread_unit, sum_of
-from hf_ctxopt.kernels.gguf_parts_triton import half_of
+from hf_ctxopt.kernels.gguf_parts_triton import fetch_ahead, half_of
 
 LIMIT = tl.constexpr(16383.0)  # two groups' 16 products of 32, this and 128 stay below 2^31
 
@@ -62,6 +62,8 @@ def matmul_q6(  # type: ignore[no-untyped-def]
     EARLY: tl.constexpr,
     EVEN: tl.constexpr,  # whether outputs are a multiple of TILE
     ASM: tl.constexpr,
+    AHEAD: tl.constexpr,
+    WARPS: tl.constexpr,
 ):
     """out[m, o] = sum over columns of x[m] times weight[o].
 
@@ -102,6 +104,9 @@ def matmul_q6(  # type: ignore[no-untyped-def]
         s2, s3 = _scale(scales + 2, shift), _scale(scales + 3, shift)
         factor = half_of(tl.load(packed + head + start + 104).to(tl.int32))
         if EARLY:
+            if step == 0:
+                first = packed.to(tl.int64) + 2 * left_over
+                fetch_ahead(first, tile, outputs, ROW * 2, TILE, STEPS, AHEAD, WARPS)
             tl.extra.cuda.gdc_wait()
         # A chunk's four groups lie 32 activations apart.
         k = tl.arange(0, 32)[None, :]

@@ -28,13 +28,13 @@ class Launch:
         tile: outputs of a program.
         chunks: 64-weight pieces of a row that a program holds at a time, 16, 32 or 64.
         warps: warps of a program.
-        registers: most of a thread, on an NVIDIA GPU; none for as many as the compiler likes.
+        ahead: a program has the weights of the one so many later fetched into the L2 cache; 0 for none.
     """
 
     tile: int
     chunks: int
     warps: int
-    registers: int | None = None
+    ahead: int = 0
 
 
 # Type -> (bits, minimum)
@@ -42,6 +42,7 @@ _FORMATS = {
     "Q4_K": (4, True), "Q5_K": (5, True), "Q6_K": (6, False), "Q8_0": (8, False),
     "Q4_0": (4, False), "Q4_1": (4, True), "Q5_0": (5, False), "Q5_1": (5, True),
 }  # fmt: skip
+AHEAD: dict[str, int] = {}  # of one row, as measured on an H200 (benchmarks/gpu/weights.py)
 PROGRAMS = 256  # two for each of a large GPU's multiprocessors
 
 
@@ -57,7 +58,7 @@ def choose(type: str, rows: int, columns: int, outputs: int) -> Launch:
     tile = 16 if type == "Q4_K" and rows == 1 else 8
     while tile > 2 and -(-outputs // tile) * -(-rows // _taken(rows)) < PROGRAMS:
         tile //= 2
-    return Launch(tile, chunks, chunks // 16)
+    return Launch(tile, chunks, chunks // 16, AHEAD.get(type, 0) if rows == 1 else 0)
 
 
 def _taken(rows: int) -> int:
@@ -96,11 +97,10 @@ def matmul(x: Tensor, packed: Tensor, type: str, launch: Launch | None = None) -
     even = outputs % launch.tile == 0
     grid = (-(-outputs // launch.tile), -(-rows // taken))  # a vocabulary's tiles outnumber the second dimension
     common = {"COLUMNS": columns, "KIND": kind, "TAKEN": taken, "TILE": launch.tile, "CHUNKS": launch.chunks,
-              "EARLY": early, "EVEN": even, "ASM": ASM, "num_warps": launch.warps}  # fmt: skip
+              "EARLY": early, "EVEN": even, "ASM": ASM, "AHEAD": launch.ahead,
+              "WARPS": launch.warps, "num_warps": launch.warps}  # fmt: skip
     if early:
         common["launch_pdl"] = True
-    if launch.registers is not None:
-        common["maxnreg"] = launch.registers
     if wide:
         matmul_k[grid](x, packed.view(torch.int32), out, rows, outputs, BITS=bits, **common)
     elif type == "Q6_K":

@@ -9,7 +9,7 @@ A copy reaches 0.9 of an H200's data sheet. The latency is that of a layer's ker
 from __future__ import annotations
 
 SHARE = 0.9
-PLAIN_LATENCY, PACKED_LATENCY = 0.09e-3, 0.11e-3  # seconds per layer, replayed
+PLAIN_LATENCY, PACKED_LATENCY = 0.09e-3, 0.075e-3  # seconds per layer, replayed
 EAGER_LATENCY = 0.62e-3  # seconds per layer where each kernel is launched from Python
 HOST_BANDWIDTH = 30e9
 
