@@ -145,12 +145,13 @@ def run(model: Any, plan: Plan, context: int, limit: int, free: bool = False) ->
         torch.cuda.empty_cache()
 
 
-def expected(case: Case, plan: Plan) -> float | None:
-    """Milliseconds per token that a plan for this GPU has for the same settings; none for parts on the host."""
+def expected(case: Case, plan: Plan, context: int) -> float | None:
+    """Milliseconds per token that a plan for this GPU has for the same settings at `context` tokens; none for parts on
+    the host."""
     card = recognized(torch.cuda.get_device_name())
     if card is None or plan.on_host:
         return None
-    settings = {"weights": plan.weights, "kv_bits": dict(plan.kv_bits), "context": plan.context}
+    settings = {"weights": plan.weights, "kv_bits": dict(plan.kv_bits), "context": context}
     return hf_ctxopt.plan(SHAPES[case.shape], gpu=card.name, **settings).ms_per_token
 
 
@@ -170,7 +171,7 @@ def measure(case: Case) -> dict[str, Any]:
             found |= {
                 "predicted": predicted,
                 "error": predicted / found["peak"] - 1,
-                "expected_ms": expected(case, plan),
+                "expected_ms": expected(case, plan, context),
             }
         row["runs"].append(found)
     trained = shape["max_position_embeddings"]

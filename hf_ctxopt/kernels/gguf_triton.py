@@ -35,6 +35,10 @@ class Launch:
     chunks: int
     warps: int
     ahead: int = 0
+    late: bool = False
+    registers: int | None = None
+    trigger: int = 0
+    early: bool = True
 
 
 # Type -> (bits, minimum)
@@ -42,7 +46,8 @@ _FORMATS = {
     "Q4_K": (4, True), "Q5_K": (5, True), "Q6_K": (6, False), "Q8_0": (8, False),
     "Q4_0": (4, False), "Q4_1": (4, True), "Q5_0": (5, False), "Q5_1": (5, True),
 }  # fmt: skip
-AHEAD: dict[str, int] = {}  # of one row, as measured on an H200 (benchmarks/gpu/weights.py)
+WIDE = (16, 16, (0, False, None, 0))
+NARROW = (8, 16, (0, False, None, 0))
 PROGRAMS = 256  # two for each of a large GPU's multiprocessors
 
 
@@ -55,10 +60,10 @@ def choose(type: str, rows: int, columns: int, outputs: int) -> Launch:
     chunks = 16
     while chunks < 64 and 64 * chunks < columns:
         chunks *= 2
-    tile = 16 if type == "Q4_K" and rows == 1 else 8
+    tile, share, more = WIDE if type == "Q4_K" and rows == 1 else NARROW
     while tile > 2 and -(-outputs // tile) * -(-rows // _taken(rows)) < PROGRAMS:
         tile //= 2
-    return Launch(tile, chunks, chunks // 16, AHEAD.get(type, 0) if rows == 1 else 0)
+    return Launch(tile, chunks, max(1, chunks // share), *(more if rows == 1 else ()))
 
 
 def _taken(rows: int) -> int:
@@ -93,16 +98,18 @@ def matmul(x: Tensor, packed: Tensor, type: str, launch: Launch | None = None) -
         packed = packed.clone()
     if kind != 2:
         x = x.view(torch.int32)
-    early = starts_early(x.device)
+    early = starts_early(x.device) and launch.early
     even = outputs % launch.tile == 0
     grid = (-(-outputs // launch.tile), -(-rows // taken))  # a vocabulary's tiles outnumber the second dimension
     common = {"COLUMNS": columns, "KIND": kind, "TAKEN": taken, "TILE": launch.tile, "CHUNKS": launch.chunks,
-              "EARLY": early, "EVEN": even, "ASM": ASM, "AHEAD": launch.ahead,
+              "EARLY": early, "EVEN": even, "ASM": ASM, "AHEAD": launch.ahead, "TRIGGER": launch.trigger,
               "WARPS": launch.warps, "num_warps": launch.warps}  # fmt: skip
     if early:
         common["launch_pdl"] = True
+    if launch.registers is not None:
+        common["maxnreg"] = launch.registers
     if wide:
-        matmul_k[grid](x, packed.view(torch.int32), out, rows, outputs, BITS=bits, **common)
+        matmul_k[grid](x, packed.view(torch.int32), out, rows, outputs, BITS=bits, LATE=launch.late, **common)
     elif type == "Q6_K":
         matmul_q6[grid](x, packed.view(torch.int16), out, rows, outputs, **common)
     else:

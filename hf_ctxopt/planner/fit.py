@@ -130,13 +130,18 @@ class Choice:
 
     @cached_property
     def activations(self) -> int:
-        """Bytes that reading a prompt needs, or growing pages, which never happen together: the larger."""
+        """Bytes that reading a prompt needs, or growing pages to all that fit: never both at once, so the larger."""
         task, layout = self.task, self.layout
-        reading = activation_bytes(task.facts, self.weights, layout, self.chunk, task.batch)
-        left = task.card.vram - sum(self._beside.values()) - reading
+        left = task.card.vram - sum(self._beside.values()) - self._reading
         left = left if task.kv_budget is None else min(left, task.kv_budget)
         pages = min(max(0, left - layout.fixed_bytes) // layout.page_bytes, layout.needed(min(task.longest, ENDLESS)))
-        return max(reading, pages * layout.layer_page_bytes)
+        return max(self._reading, pages * layout.layer_page_bytes)
+
+    @cached_property
+    def _reading(self) -> int:
+        """Bytes that reading a prompt needs."""
+        task = self.task
+        return activation_bytes(task.facts, self.weights, self.layout, self.chunk, task.batch)
 
     @property
     def left(self) -> int:
@@ -185,8 +190,10 @@ class Choice:
         return max(0, pages * self.task.page_size) if self.room >= self.layout.fixed_bytes else 0
 
     def parts(self, tokens: int) -> dict[str, int]:
-        """Bytes by part with `tokens` tokens in each sequence."""
+        """Bytes by part with `tokens` tokens in each sequence; pages have grown to no more than these."""
+        grown = self.layout.needed(tokens) * self.layout.layer_page_bytes
+        activations = max(self._reading, min(grown, self.activations))
         kv = self.kv_bytes(tokens) if self.task.kv_budget is None else self.task.kv_budget
         beside = self._beside
         first = {"weights": beside["weights"], "embeddings": beside["embeddings"], "kv": kv}
-        return {**first, "activations": self.activations, **beside}
+        return {**first, "activations": activations, **beside}
