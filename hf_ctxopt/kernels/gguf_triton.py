@@ -46,8 +46,8 @@ _FORMATS = {
     "Q4_K": (4, True), "Q5_K": (5, True), "Q6_K": (6, False), "Q8_0": (8, False),
     "Q4_0": (4, False), "Q4_1": (4, True), "Q5_0": (5, False), "Q5_1": (5, True),
 }  # fmt: skip
-WIDE = (16, 16, (0, False, None, 0))
-NARROW = (8, 16, (0, False, None, 0))
+WIDE = (16, 16, (132, False, None, 0))
+NARROW = (8, 16, (132, False, None, 0))
 PROGRAMS = 256  # two for each of a large GPU's multiprocessors
 
 
