@@ -63,7 +63,7 @@ def choose(type: str, rows: int, columns: int, outputs: int) -> Launch:
     tile, share, more = WIDE if type == "Q4_K" and rows == 1 else NARROW
     while tile > 2 and -(-outputs // tile) * -(-rows // _taken(rows)) < PROGRAMS:
         tile //= 2
-    return Launch(tile, chunks, max(1, chunks // share), *(more if rows == 1 else ()))
+    return Launch(tile, chunks, max(1, chunks // share), *(more if rows == 1 and (type != "Q4_K" or outputs <= 4224) else ()))
 
 
 def _taken(rows: int) -> int:
