@@ -40,9 +40,15 @@ def _where(data: dict[str, Any]) -> str:
         )
     where = data["environment"]
     return (
-        f"{where['processor']}, {where['threads']} threads, torch {where['versions']['torch']}, "
+        f"{_machine(where)}, {where['threads']} threads, torch {where['versions']['torch']}, "
         f"transformers {where['versions']['transformers']}, commit `{where['commit'][:7]}`."
     )
+
+
+def _machine(where: dict[str, Any]) -> str:
+    """The GPU, or the processor where none took part."""
+    device = str(where.get("device", ""))
+    return device if device.startswith("NVIDIA") else str(where.get("processor", device))
 
 
 def demo(data: dict[str, Any]) -> str:
@@ -180,6 +186,69 @@ def sinks(data: dict[str, Any]) -> str:
     return _table(("ctx_sink", "perplexity"), rows, below)
 
 
+def plans(data: dict[str, Any]) -> str:
+    """Plans and what running them took."""
+    rows = []
+    for case in data["cases"]:
+        plan = case["plan"]
+        for run in case["runs"]:
+            rows.append(
+                [f"{case['case']['shape']}, {case['case']['gib']} GiB", plan["weights"], str(plan["kv_bits"]["k"]),
+                 f"{run['context']:,}", f"{run['peak'] / 2**30:.2f}", f"{run['ms']:.1f}"]
+            )  # fmt: skip
+    head = ("model, card", "weights", "bits of K and V", "tokens", "peak GiB", "ms per token")
+    where = f"{data['device']}, torch {data['torch']}, commit `{data['commit'][:7]}`."
+    return _table(head, rows, f"An allocator limit of the card less the CUDA context, random weights. {where}")
+
+
+def pressure(data: dict[str, Any]) -> str:
+    """The same session with and without a monitor."""
+    rows = []
+    for name, way in (("static", "the plan alone"), ("monitored", "with `Monitor`")):
+        found = data[name]
+        acts = ", ".join(f"{event['action']} at {event['tokens']:,}" for event in found["events"])
+        end = "finished" if found["finished"] else "out of memory"
+        rows.append([way, f"{found['tokens']:,}", end, acts or "none"])
+    settings = data["settings"]
+    below = f"Turns of {settings['turn']:,} tokens and {settings['new']} answered. {_where(data)}"
+    return _table(("session", "tokens", "end", "actions"), rows, below)
+
+
+def loaded(data: dict[str, Any]) -> str:
+    """A checkpoint packed while it is read."""
+    rows = [
+        [str(row["layers"]), f"{row['held_gib']:.2f}", f"{row['peak_gib']:.2f}", f"{row['ratio']:.3f}"]
+        for row in data["load"]
+    ]  # fmt: skip
+    where = f"{data['device']}, torch {data['torch']}, commit `{data['commit'][:7]}`."
+    below = f"bf16 safetensors of Llama-2-7B's shape, read into Q4_K_M on the GPU. {where}"
+    return _table(("layers", "GiB held", "peak GiB", "peak / held"), rows, below)
+
+
+def matvec(data: dict[str, Any]) -> str:
+    """One row times packed weights."""
+    nf4 = {(row["outputs"], row["columns"]): row["us"] for row in data["matvec"] if row["type"] == "nf4"}
+    rows = [
+        [f"{row['type']}, {row['outputs']:,} x {row['columns']:,}", f"{row['us']:.1f}", f"{row['floor_us']:.1f}",
+         f"{nf4[row['outputs'], row['columns']]:.1f}"]
+        for row in data["matvec"] if row["type"] != "nf4"
+    ]  # fmt: skip
+    where = f"{data['device']}, torch {data['torch']}, commit `{data['commit'][:7]}`."
+    below = f"Under a CUDA graph, weights rotated through 160 MB; the floor is bytes / 4.3 TB/s. {where}"
+    return _table(("weight", "µs", "floor, µs", "bitsandbytes nf4, µs"), rows, below)
+
+
+def packed_gpu(data: dict[str, Any]) -> str:
+    """Whole decode steps of packed models."""
+    rows = [
+        [row["weights"] + (", `compile=True`" if row["compile"] else ""), f"{row['context']:,}", f"{row['ms']:.2f}"]
+        for row in data["decode"] if "weights" in row and row["round"] == 0
+    ]  # fmt: skip
+    where = f"{data['device']}, torch {data['torch']}, commit `{data['commit'][:7]}`."
+    below = f"Milliseconds per token, Llama-2-7B shape, `ctx_paged` with graph replay; nf4 of bitsandbytes. {where}"
+    return _table(("weights", "context", "ms per token"), rows, below)
+
+
 def files() -> str:
     """Every file of results, with the device, the versions and the commit that it is from."""
     rows = []
@@ -187,7 +256,7 @@ def files() -> str:
         data = _read(path)
         where = data.get("environment", data)
         versions = where.get("versions", where)
-        device = where.get("processor", where.get("device", ""))
+        device = _machine(where)
         cells = [device, versions.get("torch", ""), versions.get("transformers", ""), str(where.get("seed", ""))]
         commit = where.get("commit", "")
         name = f"[`{path.name}`](../benchmarks/results/{path.name})"
@@ -203,6 +272,11 @@ FIGURES: dict[str, tuple[str, Table]] = {
     "prefill": ("gpu_prefill.json", prefill),
     "attention": ("gpu_attention.json", attention),
     "cpu-decode": ("cpu_decode.json", cpu),
+    "plans": ("gpu_plans.json", plans),
+    "pressure": ("gpu_pressure.json", pressure),
+    "load": ("gpu_weights_load.json", loaded),
+    "matvec": ("gpu_weights_matvec.json", matvec),
+    "packed-gpu": ("gpu_weights.json", packed_gpu),
     "packed-quality": ("packed_quality.json", packed_quality),
     "packed-cpu": ("packed_cpu_decode.json", packed_cpu),
     "encoders": ("weight_encoders.json", encoders),

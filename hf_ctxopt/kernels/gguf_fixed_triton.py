@@ -28,7 +28,7 @@ def _larger(first, second):  # type: ignore[no-untyped-def]
     return tl.maximum(first, second, propagate_nan=tl.PropagateNan.ALL)
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator]
 def halves(low, high, ASM: tl.constexpr):  # type: ignore[no-untyped-def]
     """A word of the lower halves of two."""
     if ASM:

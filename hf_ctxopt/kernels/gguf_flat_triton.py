@@ -84,7 +84,6 @@ def matmul_flat(  # type: ignore[no-untyped-def]
     EARLY: tl.constexpr,
     EVEN: tl.constexpr,  # whether outputs are a multiple of TILE
     ASM: tl.constexpr,
-    TRIGGER: tl.constexpr,
     AHEAD: tl.constexpr,
     WARPS: tl.constexpr,
 ):
@@ -95,7 +94,7 @@ def matmul_flat(  # type: ignore[no-untyped-def]
         packed: (outputs, bytes of a row / 2) int16, at a multiple of 8 bytes.
         out: (rows, outputs).
     """
-    if EARLY and TRIGGER == 0:
+    if EARLY:
         tl.extra.cuda.gdc_launch_dependents()
     BLOCKS: tl.constexpr = COLUMNS // 32
     WORDS: tl.constexpr = (2 if AFFINE else 1) + (2 if BITS == 5 else 0) + (16 if BITS == 8 else 8)
@@ -119,14 +118,9 @@ def matmul_flat(  # type: ignore[no-untyped-def]
         head = (left_over + tl.minimum(2 * chunk + 1, BLOCKS - 1) * WORDS)[:, None]
         far, far_factor, far_minimum = _codes(packed, wide, head, start, BITS, AFFINE, ALIGNED, ASM)
         if EARLY:
-            if step == 0:
-                first = packed.to(tl.int64) + 2 * left_over
-                fetch_ahead(first, tile, outputs, ROW * 2, TILE, STEPS, AHEAD, WARPS)
-            if TRIGGER == 1 and step == 0:
-                tl.extra.cuda.gdc_launch_dependents()
+            if AHEAD:
+                fetch_ahead(packed.to(tl.int64) + 2 * left_over, tile, outputs, ROW * 2, TILE, AHEAD, WARPS)
             tl.extra.cuda.gdc_wait()
-            if TRIGGER == 2 and step == 0:
-                tl.extra.cuda.gdc_launch_dependents()
         index = chunk[:, None] * 32 + tl.arange(0, 32)[None, :]
         for m in tl.range(TAKEN):
             given = index < COLUMNS // 2
@@ -138,8 +132,6 @@ def matmul_flat(  # type: ignore[no-untyped-def]
             done += _product(far, far_factor, far_minimum, x4, x5, x6, x7, BITS, AFFINE, ASM)
             done = tl.sum(done * spread_unit(unit, CHUNKS), 0)
             result += tl.where(tl.arange(0, TAKEN)[:, None] == m, done[None, :], 0.0)
-    if EARLY and TRIGGER == 3:
-        tl.extra.cuda.gdc_launch_dependents()
     row = some + tl.arange(0, TAKEN)
     place_out = row[:, None].to(tl.int64) * outputs + (tile + output)[None, :]
     fits = tile + output < outputs

@@ -57,10 +57,8 @@ def matmul_k(  # type: ignore[no-untyped-def]
     EARLY: tl.constexpr,
     EVEN: tl.constexpr,  # whether outputs are a multiple of TILE
     ASM: tl.constexpr,  # whether NVIDIA's instructions can be used
-    TRIGGER: tl.constexpr,
     AHEAD: tl.constexpr,  # the program so many later has its weights fetched into the L2 cache; 0 for none
     WARPS: tl.constexpr,
-    LATE: tl.constexpr,
 ):
     """out[m, o] = sum over columns of x[m] times weight[o].
 
@@ -69,7 +67,7 @@ def matmul_k(  # type: ignore[no-untyped-def]
         packed: (outputs, words of a row) int32.
         out: (rows, outputs).
     """
-    if EARLY and TRIGGER == 0:
+    if EARLY:
         tl.extra.cuda.gdc_launch_dependents()
     WORDS: tl.constexpr = 36 if BITS == 4 else 44
     BLOCKS: tl.constexpr = COLUMNS // 256
@@ -94,9 +92,7 @@ def matmul_k(  # type: ignore[no-untyped-def]
         codes = head + pair * 8 + start[None, :] + (WORDS - 32)
         head = head + start[None, :]
         w0, w1, w2, w3 = split_four(tl.load(codes[:, :, None] + inner), CHUNKS, TILE)
-        w4, w5, w6, w7 = w0, w1, w2, w3
-        if not LATE:
-            w4, w5, w6, w7 = split_four(tl.load(codes[:, :, None] + inner + 4), CHUNKS, TILE)
+        w4, w5, w6, w7 = split_four(tl.load(codes[:, :, None] + inner + 4), CHUNKS, TILE)
         if BITS == 5:
             left, right = tl.maximum(4 - 2 * pair, 0), tl.maximum(2 * pair - 4, 0)
             f0, f1, f2, f3 = _fifths(head + 4, inner, left, right, CHUNKS, TILE)
@@ -113,13 +109,9 @@ def matmul_k(  # type: ignore[no-untyped-def]
         minima = ((b >> upper) & mask) | ((c >> (half + 4)) & lower)
         six = halves(scales, minima, ASM)
         if EARLY:
-            if step == 0:
-                fetch_ahead(packed.to(tl.int64), tile, outputs, BLOCKS * WORDS * 4, TILE, STEPS, AHEAD, WARPS)
-            if TRIGGER == 1 and step == 0:
-                tl.extra.cuda.gdc_launch_dependents()
+            if AHEAD:
+                fetch_ahead(packed.to(tl.int64), tile, outputs, BLOCKS * WORDS * 4, TILE, AHEAD, WARPS)
             tl.extra.cuda.gdc_wait()  # weights do not depend on the kernel before this one, activations do
-            if TRIGGER == 2 and step == 0:
-                tl.extra.cuda.gdc_launch_dependents()
         for m in tl.range(TAKEN):
             index = first * 32 + tl.arange(0, CHUNKS)[:, None] * 32 + tl.arange(0, 32)[None, :]
             given = index < COLUMNS // 2
@@ -133,8 +125,6 @@ def matmul_k(  # type: ignore[no-untyped-def]
             high = tl.zeros((CHUNKS, TILE), tl.int32)
             low, high = _eight(low, high, x0, x4, w0, w1, f0, f1, BITS, ASM)
             low, high = _eight(low, high, x1, x5, w2, w3, f2, f3, BITS, ASM)
-            if LATE:
-                w4, w5, w6, w7 = split_four(tl.load(codes[:, :, None] + inner + 4), CHUNKS, TILE)
             low, high = _eight(low, high, x2, x6, w4, w5, f4, f5, BITS, ASM)
             low, high = _eight(low, high, x3, x7, w6, w7, f6, f7, BITS, ASM)
             if BITS == 4:
@@ -145,8 +135,6 @@ def matmul_k(  # type: ignore[no-untyped-def]
             done = half_of(factors) * product - half_of(factors >> 16) * less.to(tl.float32)
             done = tl.sum(done * spread_unit(unit, CHUNKS), 0)
             result += tl.where(tl.arange(0, TAKEN)[:, None] == m, done[None, :], 0.0)
-    if EARLY and TRIGGER == 3:
-        tl.extra.cuda.gdc_launch_dependents()
     row = some + tl.arange(0, TAKEN)
     place_out = row[:, None].to(tl.int64) * outputs + (tile + output)[None, :]
     fits = tile + output < outputs

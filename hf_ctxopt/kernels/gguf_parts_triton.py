@@ -47,8 +47,25 @@ def half_of(word):  # type: ignore[no-untyped-def]
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _fetch(first, rows, ROW: tl.constexpr, TILE: tl.constexpr, WARPS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Asks for `rows` rows at the address `first`, TILE at most, none if negative."""
+def fetch_ahead(  # type: ignore[no-untyped-def]
+    first, tile, outputs, ROW: tl.constexpr, TILE: tl.constexpr, AHEAD: tl.constexpr, WARPS: tl.constexpr
+):
+    """Has the rows of a later program brought into the L2 cache; needs compute capability 9.0.
+
+    A program that starts early waits for the kernel before it with its weights in registers, and the multiprocessors
+    have no room for the rest of the grid: the memory would rest while they wait, and while they compute.
+
+    Args:
+        first: address of this program's first row.
+        tile: number of that row.
+        outputs: rows of the weight.
+        ROW: bytes of a row.
+        TILE: rows of a program.
+        AHEAD: by how many programs it is later.
+        WARPS: of a program.
+    """
+    rows = tl.minimum(outputs - tile - AHEAD * TILE, TILE)  # none if negative
+    first += AHEAD * TILE * ROW
     address = first & -16
     left = (rows * ROW + (first - address).to(tl.int32)) & -16
     EACH: tl.constexpr = (TILE * ROW + 16 * WARPS - 1) // (16 * WARPS) * 16
@@ -64,30 +81,3 @@ def _fetch(first, rows, ROW: tl.constexpr, TILE: tl.constexpr, WARPS: tl.constex
         """,
         "=r,l,r", [address + place, tl.minimum(left - place, EACH)], dtype=tl.int32, is_pure=False, pack=1,
     )  # fmt: skip
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def fetch_ahead(  # type: ignore[no-untyped-def]
-    first, tile, outputs, ROW: tl.constexpr, TILE: tl.constexpr, STEPS: tl.constexpr, AHEAD: tl.constexpr,
-    WARPS: tl.constexpr,
-):  # fmt: skip
-    """Has rows of packed weights brought into the L2 cache; needs compute capability 9.0.
-
-    A program that starts early waits for the kernel before it with its weights in registers, and the multiprocessors
-    have no room for the rest of the grid: the memory would rest while they wait, and while they compute.
-
-    Args:
-        first: address of the program's first row.
-        tile: its number.
-        outputs: rows of the weight.
-        ROW: bytes of a row.
-        TILE: rows of a program.
-        STEPS: into which a program cuts its rows; it has the later ones fetched.
-        AHEAD: the program so many later has all its rows fetched; 0 for none.
-        WARPS: of a program.
-    """
-    if AHEAD:
-        rows = tl.minimum(outputs - tile - AHEAD * TILE, TILE)
-        _fetch(first + AHEAD * TILE * ROW, rows, ROW, TILE, WARPS)
-    if STEPS > 1:
-        _fetch(first, tl.minimum(outputs - tile, TILE), ROW, TILE, WARPS)

@@ -62,7 +62,6 @@ def matmul_q6(  # type: ignore[no-untyped-def]
     EARLY: tl.constexpr,
     EVEN: tl.constexpr,  # whether outputs are a multiple of TILE
     ASM: tl.constexpr,
-    TRIGGER: tl.constexpr,
     AHEAD: tl.constexpr,
     WARPS: tl.constexpr,
 ):
@@ -73,7 +72,7 @@ def matmul_q6(  # type: ignore[no-untyped-def]
         packed: (outputs, bytes of a row / 2) int16, at a multiple of 8 bytes.
         out: (rows, outputs).
     """
-    if EARLY and TRIGGER == 0:
+    if EARLY:
         tl.extra.cuda.gdc_launch_dependents()
     BLOCKS: tl.constexpr = COLUMNS // 256
     ROW: tl.constexpr = BLOCKS * 105
@@ -105,14 +104,9 @@ def matmul_q6(  # type: ignore[no-untyped-def]
         s2, s3 = _scale(scales + 2, shift), _scale(scales + 3, shift)
         factor = half_of(tl.load(packed + head + start + 104).to(tl.int32))
         if EARLY:
-            if step == 0:
-                first = packed.to(tl.int64) + 2 * left_over
-                fetch_ahead(first, tile, outputs, ROW * 2, TILE, STEPS, AHEAD, WARPS)
-            if TRIGGER == 1 and step == 0:
-                tl.extra.cuda.gdc_launch_dependents()
+            if AHEAD:
+                fetch_ahead(packed.to(tl.int64) + 2 * left_over, tile, outputs, ROW * 2, TILE, AHEAD, WARPS)
             tl.extra.cuda.gdc_wait()
-            if TRIGGER == 2 and step == 0:
-                tl.extra.cuda.gdc_launch_dependents()
         # A chunk's four groups lie 32 activations apart.
         k = tl.arange(0, 32)[None, :]
         base = (all_chunks // 2 * 64 + all_chunks % 2 * 8)[:, None]
@@ -136,8 +130,6 @@ def matmul_q6(  # type: ignore[no-untyped-def]
             product = (d0 * s0 + d1 * s1).to(tl.float32) + (d2 * s2 + d3 * s3).to(tl.float32)
             done = tl.sum(factor * product * spread_unit(unit, CHUNKS), 0)
             result += tl.where(tl.arange(0, TAKEN)[:, None] == m, done[None, :], 0.0)
-    if EARLY and TRIGGER == 3:
-        tl.extra.cuda.gdc_launch_dependents()
     row = some + tl.arange(0, TAKEN)
     place_out = row[:, None].to(tl.int64) * outputs + (tile + output)[None, :]
     fits = tile + output < outputs

@@ -35,10 +35,6 @@ class Launch:
     chunks: int
     warps: int
     ahead: int = 0
-    late: bool = False
-    registers: int | None = None
-    trigger: int = 0
-    early: bool = True
 
 
 # Type -> (bits, minimum)
@@ -46,24 +42,26 @@ _FORMATS = {
     "Q4_K": (4, True), "Q5_K": (5, True), "Q6_K": (6, False), "Q8_0": (8, False),
     "Q4_0": (4, False), "Q4_1": (4, True), "Q5_0": (5, False), "Q5_1": (5, True),
 }  # fmt: skip
-WIDE = (16, 16, (132, False, None, 0))
-NARROW = (8, 16, (132, False, None, 0))
+AHEAD = 132  # a program for each multiprocessor of an H200
 PROGRAMS = 256  # two for each of a large GPU's multiprocessors
 
 
 def choose(type: str, rows: int, columns: int, outputs: int) -> Launch:
-    """The launch for `rows` rows times a weight (outputs, columns).
+    """The launch for `rows` rows times a weight (outputs, columns), as was fastest on an H200.
 
     A program of one row has many outputs, which share the rounding of the activations, but not so many that a small
-    weight leaves multiprocessors idle.
+    weight leaves multiprocessors idle. Fetching ahead gains where a program holds whole rows and costs where it takes
+    them in steps; Q4_K, whose programs have more outputs, loses by it on a large grid.
     """
     chunks = 16
     while chunks < 64 and 64 * chunks < columns:
         chunks *= 2
-    tile, share, more = WIDE if type == "Q4_K" and rows == 1 else NARROW
+    tile = 16 if type == "Q4_K" and rows == 1 else 8
     while tile > 2 and -(-outputs // tile) * -(-rows // _taken(rows)) < PROGRAMS:
         tile //= 2
-    return Launch(tile, chunks, max(1, chunks // share), *(more if rows == 1 and (type != "Q4_K" or outputs <= 4224) else ()))
+    whole = rows == 1 and 64 * chunks >= columns and type != "Q5_K"
+    ahead = AHEAD if whole and (type != "Q4_K" or outputs <= 2 * AHEAD * tile) else 0
+    return Launch(tile, chunks, chunks // 16, ahead)
 
 
 def _taken(rows: int) -> int:
@@ -98,18 +96,16 @@ def matmul(x: Tensor, packed: Tensor, type: str, launch: Launch | None = None) -
         packed = packed.clone()
     if kind != 2:
         x = x.view(torch.int32)
-    early = starts_early(x.device) and launch.early
+    early = starts_early(x.device)
     even = outputs % launch.tile == 0
     grid = (-(-outputs // launch.tile), -(-rows // taken))  # a vocabulary's tiles outnumber the second dimension
     common = {"COLUMNS": columns, "KIND": kind, "TAKEN": taken, "TILE": launch.tile, "CHUNKS": launch.chunks,
-              "EARLY": early, "EVEN": even, "ASM": ASM, "AHEAD": launch.ahead, "TRIGGER": launch.trigger,
+              "EARLY": early, "EVEN": even, "ASM": ASM, "AHEAD": launch.ahead,
               "WARPS": launch.warps, "num_warps": launch.warps}  # fmt: skip
     if early:
         common["launch_pdl"] = True
-    if launch.registers is not None:
-        common["maxnreg"] = launch.registers
     if wide:
-        matmul_k[grid](x, packed.view(torch.int32), out, rows, outputs, BITS=bits, LATE=launch.late, **common)
+        matmul_k[grid](x, packed.view(torch.int32), out, rows, outputs, BITS=bits, **common)
     elif type == "Q6_K":
         matmul_q6[grid](x, packed.view(torch.int16), out, rows, outputs, **common)
     else:

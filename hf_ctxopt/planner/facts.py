@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError, UnsupportedModelError
+from ..weights.linear import GgufLinear
 from ..weights.mixes import Shape
 from ..weights.roles import Role, layer_of, role
 from ..weights.sizes import meta_model, shape_of, weights_of
@@ -87,6 +88,7 @@ class ModelFacts:
         item: bytes of an element of K and V.
         loaded: bytes of (layers, embedding, head) of a model that is loaded, on its device; `None` for a config.
         packed: whether the weights of a loaded model are not plain matrices.
+        foreign: whether they are packed, and other kernels than ours multiply with them.
         stored: scheme that the checkpoint's weights are packed as; `None` for plain ones, a model, or a format that is
             no scheme here, which counts as plain.
         other_layers: layers with a state of their own kind (linear attention), which is not counted.
@@ -108,6 +110,7 @@ class ModelFacts:
     item: int = 2
     loaded: tuple[int, int, int] | None = None
     packed: bool = False
+    foreign: bool = False
     stored: str | None = None
     other_layers: int = 0
 
@@ -176,14 +179,15 @@ def _facts(config: Any, model: Any, source: str | None, stored: str | None = Non
     hidden = int(text.hidden_size)
     inner = int(getattr(text, "intermediate_size", 0) or getattr(text, "n_inner", 0) or 4 * hidden)
     narrow = int(getattr(text, "moe_intermediate_size", 0) or 0)
-    trained = _trained(text)
+    trained, packed = _trained(text), model is not None and _packed(model)
     return ModelFacts(
         name=source or str(getattr(config, "_name_or_path", "") or config.model_type), source=source, groups=groups,
         matrices=_matrices(module), shape=shape_of(config), trained=trained, window_limit=_window_limit(text, trained),
         layers=int(text.num_hidden_layers), hidden=hidden, inner=max(inner, int(narrow * chosen)),
         heads=int(text.num_attention_heads), vocab=int(text.vocab_size), active=min(1.0, chosen / experts),
         item=2 if model is None else _item(model), loaded=None if model is None else _loaded(model),
-        packed=model is not None and _packed(model), stored=stored, other_layers=others,
+        packed=packed, foreign=packed and not any(isinstance(part, GgufLinear) for part in model.modules()),
+        stored=stored, other_layers=others,
     )  # fmt: skip
 
 

