@@ -103,30 +103,50 @@ class PageLayer(CacheLayerMixin):
             admit(self.context.groups, group, key_states, value_states)
         plan = group.step(self.index, key_states, value_states)
         storage = group.storages[self.index]
+        if "fused" not in plan.memo:
+            plan.memo["fused"] = self.context.fused
+        fused = plan.memo["fused"]
+        decode = self._decode_state(plan, key_states) if fused else None
+        whole = None
+        if plan.single is not None and decode is None and self.facts is None and storage.codecs is None:
+            whole = storage.append(key_states, value_states, plan.single)
+            group.finish(self.index)
+            if not fused:
+                self._count("dense")
+                return whole
         view = StepView(
             plan, storage, key_states, value_states, group.policy, self.context.ledger, self.facts,
-            model_window=self.own_window, pass_over=self.context.pass_over if self._leads else None,
+            model_window=self.own_window, decode=decode, whole=whole,
+            pass_over=self.context.pass_over if self._leads else None,
         )  # fmt: skip
+        if whole is None:
+            self._carry_out(view)
+        self._count("fused" if fused else "dense")
+        if fused:
+            return KVHandle(view, self.context, values=False), KVHandle(view, self.context, values=True)
+        return view.dense()
+
+    def _count(self, route: str) -> None:
+        """The layer has taken a step; the group's first layer counts it."""
+        self.is_initialized = True
+        if self._leads:
+            self.context.steps[route] += 1
+
+    def _carry_out(self, view: StepView) -> None:
+        """Store the step's states as its plan says, or leave that to the kernels."""
+        plan, group, storage = view.plan, self.group, view.storage
         if not plan.in_place:
             view.old = [[(stretch, *storage.read(stretch, copy=True)) for stretch in row.before] for row in plan.rows]
         if plan.fills:
             begun = group.keep_begun(plan, self.index)
             view.begun = {fill.row: begun[fill.sealed] for fill in plan.fills}
-        fused = self.context.fused
-        view.decode = self._decode_state(plan, key_states) if fused else None
         if view.decode is None:
-            view.stored = storage.turned(key_states.detach(), value_states.detach())
+            view.stored = storage.turned(view.keys.detach(), view.values.detach())
             carry_out(plan, self.index, storage, *view.stored)
             group.finish(self.index)
         else:  # the kernels write the new states when they attend, and only then has the layer done its part
             view.written, view.on_written = False, partial(group.finish, self.index)
             prepare(plan, self.index, storage)
-        self.is_initialized = True
-        if self.index == 0 or self._leads:
-            self.context.steps["fused" if fused else "dense"] += self._leads
-        if fused:
-            return KVHandle(view, self.context, values=False), KVHandle(view, self.context, values=True)
-        return view.dense()
 
     def _planned(self, keys: Tensor, values: Tensor) -> tuple[KVHandle, KVHandle]:
         """Handles on a step that was planned, and is finished, by somebody else (see `planned.py`)."""

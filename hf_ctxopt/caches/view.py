@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ..kernels.attention import Segment, attend
+from ..kernels.attention import Segment, attend, attend_whole
 from ..kernels.native import attend as native
 from ..kernels.rotate import RotaryFacts, rotation, turn
 from ..kernels.sealed import SealedSegment
@@ -59,6 +59,8 @@ class StepView:
             tokens that page held: the step's queries must not read them back through scales that later tokens decide.
         stored: `keys` and `values` in the basis of the pages (see `pages/rotation.py`); themselves if it is the
             model's.
+        whole: K and V that the step's one query sees, `(1, kv_heads, tokens, head_dim)`, where they are one stretch of
+            open pages (see `StepPlan.single`) and nothing is turned.
         decode: device state that kernels read this one-token step from; `None` where plain torch reads the pages.
         written: whether the new states are in the pages; the kernels store them together with the attention.
         on_written: called once they are.
@@ -78,6 +80,7 @@ class StepView:
     old: list[list[tuple[Stretch, Tensor, Tensor]]] | None = None
     begun: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     stored: tuple[Tensor, Tensor] | None = None
+    whole: tuple[Tensor, Tensor] | None = None
     decode: DecodeState | None = None
     written: bool = True
     on_written: Callable[[], None] | None = None
@@ -132,6 +135,8 @@ class StepView:
             out = self.decode.attend(query, *states, self.storage, self.facts, scaling, softcap, sink_logits)
             self._done()
             return out
+        if self.whole is not None and softcap is None and sink_logits is None and self.plain(mask):
+            return attend_whole(query, *self.whole, scaling)
         self.store()
         rows = []
         for index, row in enumerate(self.plan.rows):
@@ -270,9 +275,16 @@ class StepView:
         return True
 
     def plain(self, mask: Mask | None) -> bool:
-        held = self.policy.most_held
-        reach = None if held is None else held + self.policy.sinks
-        return mask is None or mask.plain([row.pad for row in self.plan.rows], reach)
+        """Whether the mask is causal attention over what the pages hold; asked once a step."""
+        if mask is None:
+            return True
+        memo, key = self.plan.memo, ("plain", mask)
+        if key not in memo:
+            held = self.policy.most_held
+            reach = None if held is None else held + self.policy.sinks
+            memo[key] = mask.plain([row.pad for row in self.plan.rows], reach)
+        found: bool = memo[key]
+        return found
 
     def _visible(
         self, index: int, row: RowStep, tokens: list[range], mask: Mask | None, start: int, stop: int

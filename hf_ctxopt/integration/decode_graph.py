@@ -74,6 +74,8 @@ class DecodeGraph:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         model, forward = self._alive(), self._forward
+        if not any(isinstance(part, Tensor) and part.device.type == DEVICE_TYPE for part in (*args, *kwargs.values())):
+            return forward(*args, **kwargs)  # told before the arguments are put to names, which takes a while
         given = named_arguments(self.__signature__, args, kwargs)
         cache = cache_in(given)
         if not isinstance(cache, PageCache) or cache.context.planned or not self._is_decode_step(cache, given):

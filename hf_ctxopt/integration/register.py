@@ -81,10 +81,16 @@ def _unwrap_generation(module: ModuleType) -> None:
             del _wrapped[name]
 
 
-def _attention(*args: Any, **kwargs: Any) -> Any:
+@functools.cache
+def _attention_function() -> Callable[..., Any]:
+    # Asked once: an import statement takes as long as a small tensor operation, and each layer of a step comes here.
     from .attention import ctxopt_attention
 
-    return ctxopt_attention(*args, **kwargs)
+    return ctxopt_attention
+
+
+def _attention(*args: Any, **kwargs: Any) -> Any:
+    return _attention_function()(*args, **kwargs)
 
 
 def _mask(**kwargs: Any) -> Any:

@@ -139,12 +139,8 @@ def _fused(query: Tensor, segment: Segment, visible: Visible, scaling: float, ca
     groups = heads // segment.keys.shape[0]
     keys, values = segment.keys[None], segment.values[None]
     if queries == 1:
-        # Query heads that share keys become queries of one head: no repeated keys, on any backend.
-        packed = query.view(segment.keys.shape[0], groups, -1)
         mask = visible(0, 1)
-        seen = None if mask is None else mask.expand(groups, -1)
-        out = sdpa(packed[None], keys, values, attn_mask=seen, scale=scaling)
-        return _blank(out[0].reshape(heads, 1, -1), mask)
+        return _blank(attend_whole(query[None], keys, values, scaling, mask)[0], mask)
     if causal:
         return sdpa(query[None], keys, values, is_causal=True, scale=scaling, enable_gqa=groups > 1)[0]
     blocks = []
@@ -154,6 +150,28 @@ def _fused(query: Tensor, segment: Segment, visible: Visible, scaling: float, ca
         out = sdpa(part, keys, values, attn_mask=mask, scale=scaling, enable_gqa=groups > 1)
         blocks.append(_blank(out[0], mask))
     return blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=1)
+
+
+def attend_whole(query: Tensor, keys: Tensor, values: Tensor, scaling: float, seen: Tensor | None = None) -> Tensor:
+    """One query over keys that lie in one piece.
+
+    Args:
+        query: `(1, heads, 1, key_dim)`.
+        keys: `(1, kv_heads, tokens, key_dim)`.
+        values: `(1, kv_heads, tokens, value_dim)`.
+        scaling: factor on the scores.
+        seen: which keys it sees, bool `(1, tokens)`; `None` for all.
+
+    Returns:
+        `(1, heads, 1, value_dim)`.
+    """
+    # Query heads that share keys become queries of one head: no repeated keys, on any backend, and in bfloat16 a
+    # fraction of the time that torch's CPU kernel takes with `enable_gqa`.
+    heads, kv_heads = query.shape[1], keys.shape[1]
+    packed = query.view(1, kv_heads, heads // kv_heads, -1)
+    mask = None if seen is None else seen.expand(heads // kv_heads, -1)
+    out = sdpa(packed, keys, values, attn_mask=mask, scale=scaling)
+    return out.reshape(1, heads, 1, -1)
 
 
 def _blank(out: Tensor, mask: Tensor | None) -> Tensor:

@@ -187,12 +187,14 @@ class LayerGroup:
         Raises:
             InterruptedStepError: an earlier step stopped between two layers.
         """
+        if self.progress[layer] != self.seen:
+            return False
         behind = [index for index, seen in self.progress.items() if 0 < seen < self.seen]
-        if self.progress[layer] == self.seen and behind:
+        if behind:
             raise InterruptedStepError(
                 f"layers {behind} did not finish the last forward pass; call cache.settle() before the next one"
             )
-        return self.progress[layer] == self.seen
+        return True
 
     def step(self, layer: int, keys: Tensor, values: Tensor) -> StepPlan:
         """Begin the step that was admitted, or join it where another layer of the group has begun it.
@@ -236,7 +238,8 @@ class LayerGroup:
     def finish(self, layer: int) -> None:
         """The layer has stored its new tokens."""
         self.progress[layer] = self.seen
-        if all(seen == self.seen for seen in self.progress.values()):
+        # Layers mostly come in order: only the last one is worth asking about all the others.
+        if self.progress[self.layers[-1]] == self.seen and all(seen == self.seen for seen in self.progress.values()):
             self._end_step()
 
     def finish_all(self) -> None:

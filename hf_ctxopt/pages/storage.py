@@ -239,6 +239,25 @@ class LayerStorage:
         self.keys.flatten(1, 2)[:, slot:stop] = keys
         self.values.flatten(1, 2)[:, slot:stop] = values
 
+    def append(self, keys: Tensor, values: Tensor, stretch: Stretch) -> tuple[Tensor, Tensor]:
+        """Write the last token of a stretch of open pages and read the stretch, in as few operations as there are.
+
+        Args:
+            keys: `(1, kv_heads, 1, key_dim)`.
+            values: `(1, kv_heads, 1, value_dim)`.
+            stretch: the tokens held, the new one included.
+
+        Returns:
+            K and V, `(1, kv_heads, tokens, head_dim)`: views, as of `read`.
+        """
+        last = stretch.slot + stretch.length - 1
+        found = []
+        for stored, new in ((self.keys, keys), (self.values, values)):
+            tokens = stored.view(1, stored.shape[0], -1, stored.shape[-1])
+            tokens.narrow(2, last, 1).copy_(new.detach() if new.requires_grad else new)
+            found.append(tokens.narrow(2, stretch.slot, stretch.length))
+        return found[0], found[1]
+
     def read(self, stretch: Stretch, copy: bool = False) -> tuple[Tensor, Tensor]:
         """K and V of a stretch, `(kv_heads, tokens, head_dim)` each: views (later writes show), or copies."""
         if stretch.sealed(self.page_size):

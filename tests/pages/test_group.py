@@ -5,6 +5,7 @@ Random programs of the same moves are in `tests/properties/test_pages_machine.py
 
 from __future__ import annotations
 
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -13,7 +14,7 @@ import torch
 from hf_ctxopt.pages.begin import evict
 from hf_ctxopt.pages.integrity import violations
 from hf_ctxopt.policies.sink_window import SinkWindow
-from tests.pages.rig import TOKEN_BYTES, Rig, numbers, spans
+from tests.pages.rig import LAYER, TOKEN_BYTES, Rig, exact, numbers, spans
 
 KEEP_ALL = SinkWindow()
 SINKS = SinkWindow(sinks=2, window=6)
@@ -203,3 +204,37 @@ def test_the_eviction_check_runs_once_before_the_first_eviction_and_can_stop_it(
     rig.step(numbers(8, 1, 1))
     rig.step(numbers(9, 1, 1))
     assert calls == [6, 8]
+
+
+# ---- one stretch
+
+
+def test_a_token_behind_one_stretch_is_written_and_read_in_one_go() -> None:
+    rig = Rig(KEEP_ALL, layers=2)
+    rig.step(numbers(0, 1, 6))
+    views = rig.step(numbers(6, 1, 1))
+    plan = views[0].plan
+    assert plan.single == plan.rows[0].after[0]
+    for layer, view in enumerate(views):
+        assert view.whole is not None
+        assert view.whole[0].flatten().tolist() == [token + LAYER * layer for token in range(7)]
+        assert rig.held(0, layer) == {token: token for token in range(7)}
+    assert rig.group.plan is None  # all layers have finished
+
+
+@pytest.mark.parametrize(
+    ("options", "rows", "queries"),
+    [
+        ({}, 1, 2),
+        ({}, 2, 1),
+        ({"pads": [2]}, 1, 1),  # the dense route shows padding columns
+        ({"codecs": exact()}, 1, 1),  # sealed pages before the open one
+    ],
+    ids=["more_tokens", "more_rows", "padding", "sealed"],
+)
+def test_steps_that_are_more_than_that_take_the_general_way(options: dict[str, Any], rows: int, queries: int) -> None:
+    rig = Rig(KEEP_ALL, layers=2, **options)
+    rig.step(numbers(0, rows, 6))
+    views = rig.step(numbers(6 * rows, rows, queries))
+    assert views[0].plan.single is None
+    assert all(view.whole is None for view in views)

@@ -143,3 +143,16 @@ def test_bytes_of_a_shared_storage_count_once() -> None:
     assert unique_bytes([whole, whole[3:], whole.t()]) == 400
     assert unique_bytes([whole, torch.zeros(5)]) == 420
     assert unique_bytes([]) == 0
+
+
+def test_append_writes_the_last_token_and_reads_the_stretch() -> None:
+    storage, keys, values = filled(4)
+    new = torch.full((1, HEADS, 1, KEY_DIM), 7.0, requires_grad=True), torch.full((1, HEADS, 1, VALUE_DIM), 8.0)
+    held = Stretch(PAGE + 1, 0, PAGE + 2)
+    read = storage.append(*new, held)
+    keys[:, 2 * PAGE + 2], values[:, 2 * PAGE + 2] = 7.0, 8.0
+    for found, written, kept in zip(read, (keys, values), storage.read(held), strict=True):
+        assert torch.equal(found[0], written[:, PAGE + 1 : 2 * PAGE + 3])
+        assert torch.equal(found[0], kept)
+        assert not found.requires_grad
+    assert torch.equal(storage.read(Stretch(0, 0, 4 * PAGE))[0], keys)  # nothing else was written
