@@ -142,7 +142,10 @@ class PageLayer(CacheLayerMixin):
             view.begun = {fill.row: begun[fill.sealed] for fill in plan.fills}
         if view.decode is None:
             view.stored = storage.turned(view.keys.detach(), view.values.detach())
-            carry_out(plan, self.index, storage, *view.stored)
+            if plan.brief:
+                storage.write(view.stored[0][0], view.stored[1][0], plan.writes[0].slot)
+            else:
+                carry_out(plan, self.index, storage, *view.stored)
             group.finish(self.index)
         else:  # the kernels write the new states when they attend, and only then has the layer done its part
             view.written, view.on_written = False, partial(group.finish, self.index)

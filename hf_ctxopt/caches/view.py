@@ -137,6 +137,8 @@ class StepView:
             return out
         if self.whole is not None and softcap is None and sink_logits is None and self.plain(mask):
             return attend_whole(query, *self.whole, scaling)
+        if self.plan.brief and (found := self._by_places(query[0], mask, scaling, softcap, sink_logits)) is not None:
+            return found[None]
         self.store()
         rows = []
         for index, row in enumerate(self.plan.rows):
@@ -161,6 +163,24 @@ class StepView:
             pad = query.shape[2] - count
             rows.append(torch.nn.functional.pad(out, (0, 0, pad, 0)) if pad else out)
         return rows[0][None] if len(rows) == 1 else torch.stack(rows)
+
+    def _by_places(
+        self, query: Tensor, mask: Mask | None, scaling: float, softcap: float | None, sink_logits: Tensor | None
+    ) -> Tensor | None:
+        """`attend` of a brief step over quantized pages by the CPU's kernel; `None` where that does not serve.
+
+        All layers read the same places: they are worked out once a step, and no layer makes a view of its pages.
+        """
+        storage, memo = self.storage, self.plan.memo
+        if storage.codecs is None or self.facts is not None or not self.written or not self.plain(mask):
+            return None
+        if "pieces" not in memo:
+            memo["pieces"] = [storage.piece(held) for held in self.plan.rows[0].after]
+        asked, pages = storage.turned_query(query), storage.all_pages
+        if not native.serves_pages(asked, pages, memo["pieces"]):
+            return None
+        out = native.attend_pages(asked, pages, memo["pieces"], scaling, softcap, sink_logits)
+        return storage.plain_values(out)
 
     def _segments(self, index: int, row: RowStep, query: Tensor) -> tuple[list[Segment | SealedSegment], list[range]]:
         """The row's segments with the queries (in the basis of the pages) turned for each, and the tokens of each."""

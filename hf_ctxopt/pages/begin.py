@@ -39,16 +39,22 @@ def begin(group: LayerGroup, request: StepRequest) -> StepPlan:
         step = RowStep(group.rows[index].pad, start, request.ends[index], lower, before,
                        after if plan.in_place else [], gaps(group.rows[index], group.page_size))  # fmt: skip
         plan.rows.append(step)
-    plan.single = _single(plan, group.page_size)
+    plan.brief = _brief(plan)
+    plan.single = _single(plan, group.page_size) if plan.brief else None
     group.seen += request.queries
     return plan
 
 
-def _single(plan: StepPlan, page_size: int) -> Stretch | None:
-    """See `StepPlan.single`: what most steps of one short or unquantized text are."""
+def _brief(plan: StepPlan) -> bool:
+    """See `StepPlan.brief`: most steps of a text that is decoded alone."""
     if plan.queries > 1 or not plan.in_place or not plan.dense_before or len(plan.rows) > 1:
-        return None
-    if plan.seals or plan.fills or plan.copies or len(plan.writes) != 1 or len(plan.rows[0].after) != 1:
+        return False
+    return not (plan.seals or plan.fills or plan.copies) and len(plan.writes) == 1 and plan.rows[0].start > 0
+
+
+def _single(plan: StepPlan, page_size: int) -> Stretch | None:
+    """See `StepPlan.single`: what brief steps of short and of unquantized texts read."""
+    if len(plan.rows[0].after) != 1:
         return None
     held = plan.rows[0].after[0]
     # Columns of padding, or a token that is not kept, leave the stretch shorter than the dense route's K and V.

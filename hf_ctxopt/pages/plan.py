@@ -109,8 +109,8 @@ class StepPlan:
         encoded: layers that have carried out `seals`, `fills` and `copies` (the pages may be overwritten after that).
         memo: what the layers derive from the plan and share (index tensors, masks); gone with the plan.
         dense_before: columns of old tokens that the dense route presents, right-aligned.
-        single: the one stretch of open pages that is all a one-token step reads, its own token last; `None` where
-            there is more to a step than writing that token and reading the stretch.
+        brief: whether a step of one row with a past writes one token to an open page, and does nothing else.
+        single: the one stretch of open pages that is all a brief step reads, its own token last; else `None`.
     """
 
     seen: int
@@ -125,4 +125,5 @@ class StepPlan:
     writes: list[Write] = field(default_factory=list)
     encoded: set[int] = field(default_factory=set)
     memo: dict[object, Any] = field(default_factory=dict)
+    brief: bool = False
     single: Stretch | None = None

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.dispatch import gather_kernel, seal_kernel
+from ..kernels.native.attend import Pages, Piece
 from ..kernels.paged import PagedStates, SealedPages
 from ..kernels.sealed import SealedSegment, SealedTokens
 from .pool import SEALED
@@ -235,9 +236,8 @@ class LayerStorage:
                 pages = states.unflatten(1, (-1, self.page_size))
                 part.write(slot // self.page_size - SEALED, pages.to(part.dtype))
             return
-        stop = slot + keys.shape[1]
-        self.keys.flatten(1, 2)[:, slot:stop] = keys
-        self.values.flatten(1, 2)[:, slot:stop] = values
+        for stored, new in ((self.keys, keys), (self.values, values)):
+            stored.flatten(1, 2).narrow(1, slot, new.shape[1]).copy_(new)
 
     def append(self, keys: Tensor, values: Tensor, stretch: Stretch) -> tuple[Tensor, Tensor]:
         """Write the last token of a stretch of open pages and read the stretch, in as few operations as there are.
@@ -289,6 +289,19 @@ class LayerStorage:
         asked = ((self.keys, self.codecs.rotate_keys), (self.values, self.codecs.rotate_values))
         keys, values = (rotation_matrix(t.shape[-1], t.device, t.dtype) if turn else None for t, turn in asked)
         return keys, values
+
+    @property
+    def all_pages(self) -> Pages:
+        """Open and sealed pages as the CPU's kernel reads them; there must be codecs."""
+        keys, values = (
+            SealedTokens(part.codes, part.scales, part.codec.bits, part.codec.over_tokens) for part in self.parts
+        )
+        return Pages(self.keys, self.values, (keys, values))
+
+    def piece(self, stretch: Stretch) -> Piece:
+        """A stretch by its place in `all_pages`."""
+        sealed = stretch.sealed(self.page_size)
+        return sealed, stretch.slot - (SEALED * self.page_size if sealed else 0), stretch.length
 
     def segment(self, stretch: Stretch, query: Tensor | None) -> SealedSegment:
         """A stretch of sealed pages as attention reads it; `query` as in `SealedSegment`."""

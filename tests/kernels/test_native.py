@@ -156,10 +156,10 @@ def test_attend_takes_the_kernel_and_leaves_the_rest() -> None:
         assert called.call_count == 1
 
 
-def decode(bits: int) -> tuple[Tensor, dict[str, Any]]:
-    """Logits of one step after 60 tokens, and the cache's stats."""
-    model = model_for("llama", "native")
-    text = torch.randint(2, VOCAB, (1, 61), generator=torch.Generator().manual_seed(5))
+def decode(bits: int, family: str = "llama", rows: int = 1) -> tuple[Tensor, dict[str, Any]]:
+    """Logits of twelve steps after 60 tokens, over a page's end, and the cache's stats."""
+    model = model_for(family, "native")
+    text = torch.randint(2, VOCAB, (rows, 72), generator=torch.Generator().manual_seed(5))
     options = {"page_size": 8, "kv_bits": bits}
     with hf_ctxopt.patched(model, "ctx_paged", **options), torch.no_grad():
         cache = hf_ctxopt.make_cache(model, "ctx_paged", **options)
@@ -167,14 +167,18 @@ def decode(bits: int) -> tuple[Tensor, dict[str, Any]]:
         return feed(model, text[:, 60:], cache, 1), cache.stats()
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_oss"])
 @pytest.mark.parametrize("bits", [8, 4])
-def test_a_model_decodes_as_without_it(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    with mock.patch.object(native, "attend", wraps=native.attend) as called:
-        found, stats = decode(bits)
+@pytest.mark.parametrize("rows", [1, 2])
+def test_a_model_decodes_as_without_it(family: str, bits: int, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One row names its tokens by their places; several hand over a view of each stretch."""
+    name = "attend_pages" if rows == 1 else "attend"
+    with mock.patch.object(native, name, wraps=getattr(native, name)) as called:
+        found, stats = decode(bits, family, rows)
     assert called.call_count
     assert stats["fallbacks"] == {}
     monkeypatch.setattr(native, "FEWEST", 1 << 20)
-    torch.testing.assert_close(found, decode(bits)[0], atol=1e-5, rtol=0)
+    torch.testing.assert_close(found, decode(bits, family, rows)[0], atol=1e-5, rtol=0)
 
 
 def test_without_a_compiler_torch_serves_and_it_is_counted(
@@ -187,7 +191,7 @@ def test_without_a_compiler_torch_serves_and_it_is_counted(
     with caplog.at_level(logging.WARNING):
         found, stats = decode(8)
     reason = "there is no g++ to compile the CPU kernel with"
-    assert stats["fallbacks"] == {reason: 1}
+    assert stats["fallbacks"] == {reason: 12}  # each step
     assert [record.getMessage() for record in caplog.records if reason in record.getMessage()] == [
         f"pages are read without kernels: {reason}"
     ]

@@ -223,18 +223,21 @@ def test_a_token_behind_one_stretch_is_written_and_read_in_one_go() -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "rows", "queries"),
+    ("options", "rows", "queries", "brief"),
     [
-        ({}, 1, 2),
-        ({}, 2, 1),
-        ({"pads": [2]}, 1, 1),  # the dense route shows padding columns
-        ({"codecs": exact()}, 1, 1),  # sealed pages before the open one
+        ({}, 1, 2, False),
+        ({}, 2, 1, False),
+        ({"pads": [2]}, 1, 1, True),  # the dense route shows padding columns
+        ({"codecs": exact()}, 1, 1, True),  # sealed pages before the open one
     ],
     ids=["more_tokens", "more_rows", "padding", "sealed"],
 )
-def test_steps_that_are_more_than_that_take_the_general_way(options: dict[str, Any], rows: int, queries: int) -> None:
+def test_steps_that_are_more_than_that_take_the_general_way(
+    options: dict[str, Any], rows: int, queries: int, brief: bool
+) -> None:
     rig = Rig(KEEP_ALL, layers=2, **options)
     rig.step(numbers(0, rows, 6))
     views = rig.step(numbers(6 * rows, rows, queries))
     assert views[0].plan.single is None
+    assert views[0].plan.brief is brief
     assert all(view.whole is None for view in views)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import array
 import ctypes
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,7 +21,27 @@ FEWEST = 256
 """Sealed tokens from which the kernel is used: nobody should wait for a compiler over a short text."""
 
 _FORMATS = {torch.float32: 32, torch.bfloat16: 16, torch.float16: 17}
+_STRETCH = 16  # numbers of a `Stretch` of `attention.cpp`
 _OPEN_PAGE = 128  # tokens of open pages lie side by side: any number serves as their page
+
+
+@dataclass(frozen=True)
+class Pages:
+    """All pages of a layer, where a step names the tokens that it reads by their places in them.
+
+    Args:
+        keys: K of open pages, `(kv_heads, pages, page_size, key_dim)`.
+        values: their V.
+        sealed: K and V of sealed pages.
+    """
+
+    keys: Tensor
+    values: Tensor
+    sealed: tuple[SealedTokens, SealedTokens]
+
+
+Piece = tuple[bool, int, int]
+"""Neighbouring tokens: whether in sealed pages, the first one's slot among those or the open ones, how many."""
 
 
 def why_not(query: Tensor, segments: Sequence[Segment | SealedSegment]) -> str | None:
@@ -46,12 +67,28 @@ def serves(query: Tensor, segments: Sequence[Segment | SealedSegment]) -> bool:
     return _meant(query, segments) and why_not(query, segments) is None
 
 
+def serves_pages(query: Tensor, pages: Pages, pieces: Sequence[Piece]) -> bool:
+    """`serves`, for tokens named by their places."""
+    if not _one_row(query) or sum(tokens for sealed, _, tokens in pieces if sealed) < FEWEST:
+        return False
+    both = ((pages.keys, 16), (pages.values, 16), *((part.codes, part.bits) for part in pages.sealed))
+    if not all(_served(*part) for part in both):
+        return False
+    try:
+        library()
+    except NotBuilt:
+        return False  # the general way says so
+    return True
+
+
 def _meant(query: Tensor, segments: Sequence[Segment | SealedSegment]) -> bool:
+    return _one_row(query) and (sum(part.tokens for part in segments if isinstance(part, SealedSegment)) >= FEWEST)
+
+
+def _one_row(query: Tensor) -> bool:
     if query.shape[1] != 1 or query.device.type != "cpu" or torch.compiler.is_compiling():
         return False
-    if query.dtype not in _FORMATS or (torch.is_grad_enabled() and query.requires_grad):
-        return False
-    return sum(part.tokens for part in segments if isinstance(part, SealedSegment)) >= FEWEST
+    return query.dtype in _FORMATS and not (torch.is_grad_enabled() and query.requires_grad)
 
 
 def _fits(part: Segment | SealedSegment) -> bool:
@@ -59,7 +96,11 @@ def _fits(part: Segment | SealedSegment) -> bool:
         both = ((part.keys.codes, part.keys.bits), (part.values.codes, part.values.bits))
     else:
         both = ((part.keys, 16), (part.values, 16))
-    return all(t.shape[-1] % 4 == 0 and (bits < 16 or t.dtype in _FORMATS) for t, bits in both)
+    return all(_served(*part) for part in both)
+
+
+def _served(states: Tensor, bits: int) -> bool:
+    return states.shape[-1] % 4 == 0 and (bits < 16 or states.dtype in _FORMATS)
 
 
 def attend(
@@ -71,7 +112,6 @@ def attend(
     sink_logits: Tensor | None,
 ) -> Tensor:
     """See `kernels.attention.attend`, for one query; `seen` is bool `(1, tokens)` or `None`."""
-    heads, _, key_dim = query.shape
     kv_heads, value_dim = segments[0].kv_heads, segments[0].value_dim
     # Tensors the pointers lead to; the list keeps them alive through the call.
     held = [query.to(torch.float32).contiguous()]
@@ -90,12 +130,56 @@ def attend(
                 held.append(rows)
                 numbers += _open(rows)
             numbers += [asked.data_ptr(), 0, part.tokens, _OPEN_PAGE]
+    return _run(query, numbers, kv_heads, value_dim, seen, scaling, softcap, sink_logits)
+
+
+def attend_pages(
+    query: Tensor,
+    pages: Pages,
+    pieces: Sequence[Piece],
+    scaling: float,
+    softcap: float | None,
+    sink_logits: Tensor | None,
+) -> Tensor:
+    """See `kernels.attention.attend`, for one query that sees all tokens of the pieces: no view of any is made."""
+    asked = query.to(torch.float32).contiguous()
+    opened = tuple(_open(states.flatten(1, 2)) for states in (pages.keys, pages.values))
+    closed = tuple(_sealed(part) for part in pages.sealed)
+    size = pages.sealed[0].codes.shape[2]
+    steps = [(part.codes.stride(1) * part.codes.element_size(), 2 * part.scales.stride(1)) for part in pages.sealed]
+    numbers: list[int] = []
+    for sealed, slot, tokens in pieces:
+        if sealed:
+            page, skip = divmod(slot, size)
+            for (codes, scales, *rest), (step, scale_step) in zip(closed, steps, strict=True):
+                numbers += (codes + page * step, scales + page * scale_step, *rest)
+            numbers += (asked.data_ptr(), skip, tokens, size)
+        else:
+            for states, _, head, row, *rest in opened:
+                numbers += (states + slot * row, 0, head, row, *rest)
+            numbers += (asked.data_ptr(), 0, tokens, _OPEN_PAGE)
+    heads, value_dim = pages.keys.shape[0], pages.values.shape[-1]
+    return _run(query, numbers, heads, value_dim, None, scaling, softcap, sink_logits)
+
+
+def _run(
+    query: Tensor,
+    numbers: list[int],
+    kv_heads: int,
+    value_dim: int,
+    seen: Tensor | None,
+    scaling: float,
+    softcap: float | None,
+    sink_logits: Tensor | None,
+) -> Tensor:
+    """The kernel over stretches of `_STRETCH` numbers each; what they point to is held by the caller."""
+    heads, _, key_dim = query.shape
     packed = array.array("q", numbers)
     visible = None if seen is None else seen.reshape(-1).contiguous()
     sinks = None if sink_logits is None else sink_logits.detach().to(torch.float32).contiguous()
     out = torch.empty(heads, 1, value_dim, dtype=torch.float32)
     library().ctxopt_attend(
-        packed.buffer_info()[0], len(segments), kv_heads, heads // kv_heads, key_dim, value_dim, scaling,
+        packed.buffer_info()[0], len(numbers) // _STRETCH, kv_heads, heads // kv_heads, key_dim, value_dim, scaling,
         softcap or 0.0, _pointer(visible), _pointer(sinks), torch.get_num_threads(), out.data_ptr(),
     )  # fmt: skip
     return out.to(query.dtype)
