@@ -16,11 +16,13 @@ import gc
 import json
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from card_8gb import with_growing_segments
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -155,15 +157,15 @@ def expected(case: Case, plan: Plan, context: int) -> float | None:
     return hf_ctxopt.plan(SHAPES[case.shape], gpu=card.name, **settings).ms_per_token
 
 
-def measure(case: Case) -> dict[str, Any]:
-    """A case's plan, and what running it gave."""
+def measure(case: Case, row: dict[str, Any], save: Callable[[], None]) -> None:
+    """Fill `row` with a case's plan and what running it gives, saved after each run."""
     plan, shape = case.plan(), SHAPES[case.shape]
     outside = plan.bytes["cuda_context"] + plan.bytes["reserve"]
     model = build(shape, plan)
     torch.cuda.empty_cache()
     limit = plan.vram - plan.bytes["cuda_context"]
     full = plan.capacity or plan.context
-    row: dict[str, Any] = {"case": vars(case), "plan": plan.to_dict(), "limit_gib": limit / GIB, "runs": []}
+    row |= {"plan": plan.to_dict(), "limit_gib": limit / GIB}
     for context in sorted({plan.context, full}):
         predicted = sum(curve(shape, plan, [context])[0].values()) - outside
         found = run(model, plan, context, limit)
@@ -174,14 +176,13 @@ def measure(case: Case) -> dict[str, Any]:
                 "expected_ms": expected(case, plan, context),
             }
         row["runs"].append(found)
+        print(case, plan.weights, plan.kv_bits, found["context"], told(found), flush=True)
+        save()
     trained = shape["max_position_embeddings"]
     if plan.capacity is not None and full * 1.11 < trained:
         beyond = run(model, plan, int(full * 1.11), limit, free=True)
         row["beyond"] = beyond | {"too_much": beyond.get("peak", plan.vram) > plan.vram - outside}
-    del model
-    gc.collect()
-    torch.cuda.empty_cache()
-    return row
+        save()
 
 
 def told(found: dict[str, Any]) -> str:
@@ -208,26 +209,30 @@ def main() -> None:
         return
     with_growing_segments()
     torch.backends.cuda.enable_cudnn_sdp(False)
+    torch.manual_seed(0)
     result: dict[str, Any] = {
-        "device": torch.cuda.get_device_name(), "torch": torch.__version__, "commit": options.commit, "seed": 0,
-        "cases": [],
+        "device": torch.cuda.get_device_name(), "torch": torch.__version__, "transformers": transformers.__version__,
+        "dtype": "bfloat16", "commit": options.commit, "seed": 0, "cases": [],
     }  # fmt: skip
-    for case in cases:
-        start = time.monotonic()
-        try:
-            row = measure(case)
-        except (RuntimeError, ValueError) as error:  # one case must not end the others
-            row = {"case": vars(case), "error": f"{type(error).__name__}: {error}", "runs": []}
-            gc.collect()
-            torch.cuda.empty_cache()
-            print(case, row["error"][:600], flush=True)
-        result["cases"].append(row)
+
+    def save() -> None:
         options.out.write_text(json.dumps(result, indent=1) + "\n")
-        for found in row["runs"]:
-            print(case, row["plan"]["weights"], row["plan"]["kv_bits"], found["context"], told(found), flush=True)
+
+    for case in cases:
+        start, row = time.monotonic(), {"case": vars(case), "runs": []}
+        result["cases"].append(row)
+        try:
+            measure(case, row, save)
+        except (RuntimeError, ValueError) as error:  # one case must not end the others
+            row["error"] = f"{type(error).__name__}: {error}"
+            print(case, row["error"][:600], flush=True)
+        gc.collect()
+        torch.cuda.empty_cache()
+        save()
         if "beyond" in row:
-            told_more = row["beyond"].get("refused") or f"peak {row['beyond']['peak'] / GIB:.3f} GiB"
-            fair = "takes of the reserve" if row["beyond"]["too_much"] else "FITS: a tenth was left unused"
+            beyond = row["beyond"]
+            told_more = beyond.get("refused") or f"peak {beyond['peak'] / GIB:.3f} GiB"
+            fair = "takes of the reserve" if beyond["too_much"] else "FITS: a tenth was left unused"
             print(f"   11 % more: {told_more}: {fair}", flush=True)
         print(f"   {time.monotonic() - start:.0f} s", flush=True)
 

@@ -5,11 +5,11 @@
 - `matvec`: one row under a CUDA graph, weights rotated through 160 MB, against bytes / 4.3 TB/s; bitsandbytes nf4
   beside it. `chained` makes each product wait for the one before it, as the layers of a model do.
 - `decode`: a Llama-2-7B shape in Q4_K_M by `generate` with `patch_model`'s graph, and the same in nf4.
-- `cap`: an 8 GiB card (`card_8gb.py`): Llama-2-7B with 4,096 tokens of fp16 K/V; Gemma-3-12B with a packed embedding
-  and int4 pages, of 8,192 and 12,288 tokens. `cap-llama` and `cap-gemma` are its halves.
+- `cap-`: an 8 GiB card (`card_8gb.py`): Llama-2-7B with 4,096 tokens of fp16 K/V; Gemma-3-12B with a packed embedding
+  and int4 pages, of 8,192 and 12,288 tokens. In two parts, `cap-llama` and `cap-gemma`, each in a process of its own.
 - `load`: a bf16 Llama shape read from disk into Q4_K_M on the GPU: peak allocated over what stays.
 
-`PYTHONPATH=.:.carry/site python benchmarks/gpu/weights.py --only check,matvec,decode` (`cap` in one of its own).
+`PYTHONPATH=.:.carry/site python benchmarks/gpu/weights.py --only check,matvec,decode`
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -41,6 +41,8 @@ from hf_ctxopt.weights.blocks import BLOCKS, packed_bytes
 from hf_ctxopt.weights.codecs import decode
 from hf_ctxopt.weights.matmul import gguf_matmul
 
+Rows = Iterator[dict[str, Any]]
+SEED = 0
 ROTATED = 160e6
 CHECKED = ((1000, 4096), (509, 11008), (4096, 4096))  # (outputs, columns)
 SHAPES = ((4096, 4096), (11008, 4096), (4096, 11008))  # (outputs, columns)
@@ -218,61 +220,55 @@ def graphs_are_right() -> list[dict[str, Any]]:
     return rows
 
 
-def whole_decode() -> list[dict[str, Any]]:
-    """Q4_K_M and nf4 in the same run, two rounds."""
-    rows = graphs_are_right()
+def whole_decode(quick: bool) -> Rows:
+    """Q4_K_M and nf4 in the same run, two rounds; `quick`: one of them, one context, not compiled."""
+    yield from graphs_are_right()
     clear()
     makers = {"Q4_K_M": packed_llama_7b, "nf4": llama_7b}
-    for round in range(2):
+    for round in range(1 if quick else 2):
         for name, make in makers.items():
             model = make()
             held = torch.cuda.memory_allocated() / 2**30
-            for compiled in (False, True) if round == 0 else (False,):
-                for context in (512, 2048):
+            for compiled in (False, True) if round == 0 and not quick else (False,):
+                for context in (2048,) if quick else (512, 2048):
                     try:
                         row = generated(model, context, compile=compiled)
                     except (RuntimeError, ValueError) as error:
                         row = {"context": context, "error": f"{type(error).__name__}: {str(error)[:300]}"}
-                    rows.append({"weights": name, "round": round, "compile": compiled, "held_gib": held, **row})
-                    print(rows[-1], flush=True)
+                    row = {"weights": name, "round": round, "compile": compiled, "held_gib": held, **row}
+                    print(row, flush=True)
+                    yield row
             del model
             clear()
-    return rows
 
 
-def cap() -> list[dict[str, Any]]:
-    """On an 8 GiB card: both models."""
-    return [shrink(), *cap_llama(), *cap_gemma()]
-
-
-def cap_llama() -> list[dict[str, Any]]:
-    """Llama-2-7B with 4,096 tokens of fp16 K/V; the card is shrunk already."""
+def cap_llama() -> Rows:
+    """Llama-2-7B with 4,096 tokens of fp16 K/V on an 8 GiB card."""
     return capped("Llama-2-7B", lambda: packed_llama_7b(dtype=torch.float16), (4096,))
 
 
-def cap_gemma(mix: str = "Q4_K_M") -> list[dict[str, Any]]:
-    """Gemma-3-12B's text model, its embedding packed too, with int4 pages; the card is shrunk already."""
+def cap_gemma(mix: str) -> Rows:
+    """Gemma-3-12B's text model, its embedding packed too, with int4 pages on an 8 GiB card."""
     return capped(f"Gemma-3-12B {mix}", lambda: packed_gemma_12b(mix), (8192, 12288), kv_bits=4)
 
 
-def capped(name: str, make: Callable[[], Any], points: tuple[int, ...], **options: Any) -> list[dict[str, Any]]:
+def capped(name: str, make: Callable[[], Any], points: tuple[int, ...], **options: Any) -> Rows:
     """`generate` at growing lengths until the card is full, 32 tokens of each generated."""
+    yield shrink()
     model = make()
     clear()
     held, built = torch.cuda.memory_allocated() / 2**30, torch.cuda.max_memory_allocated() / 2**30
-    rows: list[dict[str, Any]] = []
     for context in points:
         try:
             row = generated(model, context - 32, **options)
         except torch.OutOfMemoryError as error:
-            row = {"context": context, "refused": str(error).split(". ")[0]}
-        rows.append({"model": name, "held_gib": held, "build_peak_gib": built, **row})
-        rows[-1]["context"] = context
-        print(rows[-1], flush=True)
+            row = {"refused": str(error).split(". ")[0]}
+        row = {"model": name, "held_gib": held, "build_peak_gib": built, **row, "context": context}
+        print(row, flush=True)
+        yield row
         clear()
         if "refused" in row:
             break
-    return rows
 
 
 def load(layers: int) -> list[dict[str, Any]]:
@@ -311,6 +307,7 @@ def main() -> None:
     parser.add_argument("--commit", default="unknown")
     parser.add_argument("--only", default="check,matvec,decode,load")
     parser.add_argument("--sweep", action="store_true", help="try other launches of the matvec kernels")
+    parser.add_argument("--quick", action="store_true", help="the shortest `decode`")
     parser.add_argument("--load-layers", type=int, default=32)
     parser.add_argument("--gemma-mix", default="Q4_K_M", help="the mix of `cap-gemma`")
     options = parser.parse_args()
@@ -318,18 +315,22 @@ def main() -> None:
     if any(part.startswith("cap") for part in parts):
         with_growing_segments()
     torch.backends.cuda.enable_cudnn_sdp(False)
+    torch.manual_seed(SEED)
     result: dict[str, Any] = {"device": torch.cuda.get_device_name(), "torch": torch.__version__,
-                              "transformers": transformers.__version__, "commit": options.commit}  # fmt: skip
-    steps = {"check": check, "matvec": lambda: matvec(options.sweep), "decode": whole_decode, "cap": cap,
-             "cap-llama": lambda: [shrink(), *cap_llama()],
-             "cap-gemma": lambda: [shrink(), *cap_gemma(options.gemma_mix)],
-             "load": lambda: load(options.load_layers)}  # fmt: skip
+                              "transformers": transformers.__version__, "dtype": "bfloat16", "seed": SEED,
+                              "commit": options.commit}  # fmt: skip
+    steps: dict[str, Callable[[], Iterable[dict[str, Any]]]] = {
+        "check": check, "matvec": lambda: matvec(options.sweep), "decode": lambda: whole_decode(options.quick),
+        "cap-llama": cap_llama, "cap-gemma": lambda: cap_gemma(options.gemma_mix),
+        "load": lambda: load(options.load_layers),
+    }  # fmt: skip
     options.out.parent.mkdir(parents=True, exist_ok=True)
     for part in parts:
-        start = time.monotonic()
-        result[part] = steps[part]()
+        start, result[part] = time.monotonic(), []
+        for row in steps[part]():
+            result[part].append(row)
+            options.out.write_text(json.dumps(result, indent=1) + "\n")  # a run that is cut short has told something
         print(part, f"{time.monotonic() - start:.0f} s", flush=True)
-        options.out.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":
