@@ -253,7 +253,8 @@ class LayerStorage:
         last = stretch.slot + stretch.length - 1
         found = []
         for stored, new in ((self.keys, keys), (self.values, values)):
-            tokens = stored.view(1, stored.shape[0], -1, stored.shape[-1])
+            heads, pages, size, dim = stored.shape
+            tokens = stored.view(1, heads, pages * size, dim)  # not -1, which torch cannot tell where dim is 0
             tokens.narrow(2, last, 1).copy_(new.detach() if new.requires_grad else new)
             found.append(tokens.narrow(2, stretch.slot, stretch.length))
         return found[0], found[1]

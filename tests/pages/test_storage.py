@@ -156,3 +156,11 @@ def test_append_writes_the_last_token_and_reads_the_stretch() -> None:
         assert torch.equal(found[0], kept)
         assert not found.requires_grad
     assert torch.equal(storage.read(Stretch(0, 0, 4 * PAGE))[0], keys)  # nothing else was written
+
+
+def test_append_where_values_have_no_channels() -> None:
+    keys, values = torch.randn(1, HEADS, 1, KEY_DIM), torch.zeros(1, HEADS, 1, 0)
+    storage = LayerStorage(keys, values, PAGE, 2)
+    read = storage.append(keys, values, Stretch(0, 0, PAGE + 1))
+    assert [tuple(states.shape) for states in read] == [(1, HEADS, PAGE + 1, dim) for dim in (KEY_DIM, 0)]
+    assert torch.equal(read[0][:, :, -1:], keys)
