@@ -28,6 +28,7 @@ _BY_LAYER = ("deci", "gemma3n", "gemma4", "lfm2", "mamba")
 _SIZES = ("feed_forward_length", "attention.key_length", "attention.value_length", "context_length", "vocab_size",
           "rope.scaling.original_context_length")  # fmt: skip
 _SCALES = ("rope.scaling.factor", "rope.scaling.yarn_beta_fast", "rope.scaling.yarn_beta_slow")
+_EPSILONS = ("attention.layer_norm_rms_epsilon", "attention.layer_norm_epsilon")
 _UNKNOWN = re.compile(r"not supported|[Uu]nrecognized")  # of transformers, about an architecture
 _BAD = (ValueError, TypeError, ArithmeticError, LookupError, AttributeError, RuntimeError, StrictDataclassError)
 
@@ -50,6 +51,10 @@ def check_metadata(file: GgufFile) -> None:
         for key in _SIZES:
             _size(file, key)
         _check_heads(file, width)
+    for key in _EPSILONS:
+        value = _value(file, key)
+        if value is not None and not (_number(value) and 0 <= value < 1):  # type: ignore[operator]
+            _fail(file, f"{key} is {value!r}; allowed is a number from 0 to 1")
     _check_rotary(file)
 
 
@@ -61,6 +66,11 @@ def _check_heads(file: GgufFile, width: int | None) -> None:
         _fail(file, f"attention.head_count is {heads}, no multiple of the {groups} of keys and values")
     if width is not None and width % heads and _value(file, "attention.key_length") is None:
         _fail(file, f"attention.head_count is {heads}, which does not divide embedding_length, {width}")
+    for key, leaf in (("key", "k"), ("value", "v")):
+        size, name = _size(file, f"attention.{key}_length"), f"blk.0.attn_{leaf}.weight"
+        rows = file.tensors[name].shape[0] if name in file.tensors else None
+        if size is not None and rows is not None and rows != size * (groups or heads):
+            _fail(file, f"attention.{key}_length is {size}; {name} has {rows} rows for {groups or heads} heads")
 
 
 def _check_rotary(file: GgufFile) -> None:

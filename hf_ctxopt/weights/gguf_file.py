@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import ConfigError, CtxoptError
+from ..errors import ConfigError, CorruptFileError, CtxoptError
 from .blocks import BLOCKS
 from .codecs import decode
 from .gguf_header import Header, TensorPlace, read_header
@@ -24,6 +24,9 @@ _PLAIN = {
 FILE_TYPES = {2: "Q4_0", 3: "Q4_1", 7: "Q8_0", 8: "Q5_0", 9: "Q5_1", 14: "Q4_K_S", 15: "Q4_K_M", 16: "Q5_K_S",
                17: "Q5_K_M", 18: "Q6_K"}  # fmt: skip
 _GUESSED = 1024
+# Where the fp16 numbers of a block begin: scale, and minimum or scale of the minima.
+_HALVES = {"Q4_0": (0,), "Q5_0": (0,), "Q8_0": (0,), "Q4_1": (0, 2), "Q5_1": (0, 2), "Q4_K": (0, 2), "Q5_K": (0, 2),
+           "Q6_K": (208,)}  # fmt: skip
 
 
 class GgufFile:
@@ -65,6 +68,22 @@ class GgufFile:
             return FILE_TYPES[said % _GUESSED]
         most = max(counts, key=lambda type: counts[type])
         return next(mix for mix, base in MIXES.items() if base == most)
+
+    def check_finite(self, name: str) -> None:
+        """Raises `CorruptFileError` if a value or a block's scale is infinite or NaN: kernels do not agree on it."""
+        place = self._find(name)
+        if place.type in BLOCKS:
+            blocks = self.packed(name).view(-1, BLOCKS[place.type].nbytes)
+            # The upper byte of an fp16 number: all bits of the exponent are set.
+            odd = any(bool((blocks[:, at + 1] & 0x7C == 0x7C).any()) for at in _HALVES[place.type])
+        elif place.type in _PLAIN and _PLAIN[place.type].is_floating_point:
+            odd = not all(math.isfinite(end) for end in self.dense(name).aminmax())
+        else:
+            return
+        if odd:
+            raise CorruptFileError(
+                self.header.path, f"the tensor {name} ({place.type}) has values that are not finite"
+            )
 
     def packed(self, name: str) -> Tensor:
         """The tensor's bytes, uint8 (..., bytes of a row): a view of the file. Raises `ConfigError` if it has none."""

@@ -61,7 +61,7 @@ def named_tensors(file: GgufFile, model: Any) -> Iterator[NamedTensor]:
 
     Raises:
         UnsupportedModelError: an architecture whose conversion is not known.
-        CorruptFileError: heads of the config do not divide the rows of q or k.
+        CorruptFileError: heads of the config do not divide the rows of q or k; values that are not finite.
         CtxoptError: the package `gguf` is missing.
     """
     need_gguf()
@@ -89,6 +89,7 @@ def named_tensors(file: GgufFile, model: Any) -> Iterator[NamedTensor]:
             if name.startswith("blk."):
                 logger.warning("%s: the model has no place for %s", file.header.path, name)
             continue
+        file.check_finite(name)
         yield _converted(file, name, parameter, config, processor, experts["part"] if experts else None)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ..errors import ConfigError
+from .dtype_mark import NAME
 from .experts import GgufExperts, experts_part
 from .gguf_file import FILE_TYPES
 from .gguf_metadata import family_of
@@ -65,6 +66,8 @@ def _weights(model: Any) -> Iterator[Weight]:
     """Every parameter once, a tied head left out; experts' gate and up rows apart, as llama.cpp has them."""
     for name, parameter in model.named_parameters():
         owner, _, leaf = name.rpartition(".")
+        if leaf == NAME:
+            continue
         module = model.get_submodule(owner)
         if parameter.is_meta:
             raise ConfigError(name, "on the meta device", "a weight in memory: the model is loaded in part")

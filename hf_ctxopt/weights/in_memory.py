@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from ..errors import ConfigError
 from .codecs import LARGEST, decode, encode_searched
 from .config import GgufQuantConfig
+from .dtype_mark import mark_dtype
 from .experts import GgufExperts, experts_part
 from .linear import GgufEmbedding, GgufLinear
 from .merging import guard_merging
@@ -50,6 +51,7 @@ def quantize_(
     before = _stored(model)
     types = types_of(model, config.choice())
     _check(model, types)
+    dtype = model.dtype
     freed: dict[int, _Freed] = {}  # by the id of a weight: those that modules share come once
     done: dict[str, Any] = {}
     try:
@@ -80,6 +82,7 @@ def quantize_(
     if before is not None:
         config = _together(before, config)
     model.config.quantization_config = config
+    mark_dtype(model, dtype)
     _announce(model, config)
     return model
 

@@ -23,14 +23,20 @@ class PackOp(ConversionOps):
     def convert(  # type: ignore[override]  # 5.17 and 5.24 name different arguments; all come by keyword
         self, input_dict: dict[str, Any], *, model: Any = None, full_layer_name: str = "", **kwargs: Any
     ) -> dict[str, Tensor]:
-        """{pattern: weight} to {parameter: blocks}."""
-        (value,) = input_dict.values()
-        weight: Tensor = value[0] if isinstance(value, list) else value
-        module, parameter = get_module_from_name(model, full_layer_name)
-        type = packed_type(module, parameter)
-        if type is None:
-            raise ConfigError("parameter", full_layer_name, "one that is to be packed")
-        packed = encode_searched(weight.T if getattr(module, "transposed", False) else weight, type)
-        # Experts were put together from several tensors, whose pages this cannot give back: nobody knows them here.
-        release(weight, self.hf_quantizer.files)
-        return {full_layer_name: packed}
+        """{pattern: weight} to {parameter: blocks}; a fused tensor of a checkpoint comes as the several that it holds,
+        by their names."""
+        found = {}
+        for name, value in input_dict.items():
+            weight: Tensor = value[0] if isinstance(value, list) else value
+            full = name if len(input_dict) > 1 else full_layer_name
+            module, parameter = get_module_from_name(model, full)
+            type = packed_type(module, parameter)
+            if type is None and len(input_dict) == 1:
+                raise ConfigError("parameter", full, "one that is to be packed")
+            if type is None:  # beside one that is
+                found[full] = weight
+                continue
+            found[full] = encode_searched(weight.T if getattr(module, "transposed", False) else weight, type)
+            # Not the pages of experts, which were put together from several tensors: nobody knows those here.
+            release(weight, self.hf_quantizer.files)
+        return found

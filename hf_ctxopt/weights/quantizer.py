@@ -11,6 +11,7 @@ from transformers.quantizers.quantizers_utils import get_module_from_name
 
 from ..errors import ConfigError, UnsupportedModelError
 from .blocks import BLOCKS
+from .dtype_mark import mark_dtype
 from .experts import packed_type
 from .mapped import real_paths
 from .merging import guard_merging
@@ -22,6 +23,7 @@ class GgufQuantizer(HfQuantizer):
 
     requires_calibration = False
     files: frozenset[str] = frozenset()  # what is loaded from; the loader's views of them are nobody else's
+    dtype = torch.float32  # of the model, once it is being loaded
 
     def _process_model_before_weight_loading(self, model: Any, checkpoint_files: Any = None, **kwargs: Any) -> None:
         config: Any = self.quantization_config
@@ -36,8 +38,13 @@ class GgufQuantizer(HfQuantizer):
             config.types = types_of(model, config.choice())
         dtype = getattr(model.config, "dtype", None) or torch.get_default_dtype()
         expect_(model, config.types, dtype, packed=self.pre_quantized)
+        self.dtype = dtype
         model.config.quantization_config = config
         guard_merging()
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        mark_dtype(model, self.dtype)
+        return model
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
         """Whether the loader must pack this parameter."""

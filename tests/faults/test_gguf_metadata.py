@@ -12,6 +12,9 @@ import pytest
 import torch
 
 from hf_ctxopt.errors import CorruptFileError, UnsupportedModelError
+from hf_ctxopt.weights.blocks import BLOCKS
+from hf_ctxopt.weights.codecs import encode
+from hf_ctxopt.weights.gguf_file import GgufFile
 from hf_ctxopt.weights.gguf_load import load_gguf
 
 LIMIT_S = 0.5
@@ -72,6 +75,9 @@ BAD_KEYS = [
         (f"factor={value}", {"rope.scaling.type": "linear", "rope.scaling.factor": value})
         for value in ("x", -2.0, float("inf"))
     ),
+    *((f"eps={value}", {"attention.layer_norm_epsilon": value}) for value in (float("nan"), -1.0, float("inf"))),
+    *((f"key={value}", {"attention.key_length": value}) for value in (1, 32, 1 << 31)),
+    ("value=8", {"attention.value_length": 8}),
     ("epsilon", {"attention.layer_norm_epsilon": "x", "vocab_size": "many"}),
 ]
 BAD_SHAPES = {
@@ -108,6 +114,37 @@ def test_bad_metadata(title: str, changed: dict[str, Any], tmp_path: Path) -> No
 @pytest.mark.parametrize("name", BAD_SHAPES)
 def test_bad_shapes(name: str, tmp_path: Path) -> None:
     write(tmp_path / "a.gguf", {}, {name: BAD_SHAPES[name]})
+    refused(tmp_path / "a.gguf")
+
+
+@pytest.mark.parametrize("half", [0x7E00, 0x7C00, 0xFC00])
+@pytest.mark.parametrize("type", ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K"])
+def test_scales_that_are_not_finite(type: str, half: int, tmp_path: Path) -> None:
+    """The last block's last fp16 number: NaN, infinity, its negative."""
+    write(tmp_path / "a.gguf", {}, {})
+    sound = GgufFile(tmp_path / "a.gguf")
+    packed = encode(torch.randn(3, 512), type)
+    row = BLOCKS[type]
+    at = packed.numel() - row.nbytes + (208 if type == "Q6_K" else 2 if row.nbytes in (20, 24, 144, 176) else 0)
+    packed.view(-1)[at : at + 2] = torch.tensor([half & 255, half >> 8], dtype=torch.uint8)
+    writer = gguf.GGUFWriter(tmp_path / "b.gguf", "llama")
+    writer.add_tensor("x", packed.numpy(), raw_dtype=gguf.GGMLQuantizationType[type])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(CorruptFileError, match="x .*has values that are not finite"):
+        GgufFile(tmp_path / "b.gguf").check_finite("x")
+    for name in sound.tensors:
+        sound.check_finite(name)
+
+
+def test_a_norm_that_is_not_finite(tmp_path: Path) -> None:
+    write(tmp_path / "a.gguf", {}, {})
+    place = GgufFile(tmp_path / "a.gguf").tensors["blk.0.attn_norm.weight"]
+    data = bytearray((tmp_path / "a.gguf").read_bytes())
+    data[place.offset : place.offset + 4] = np.float32("nan").tobytes()
+    (tmp_path / "a.gguf").write_bytes(data)
     refused(tmp_path / "a.gguf")
 
 

@@ -6,13 +6,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, OlmoConfig, OlmoForCausalLM
 
 import hf_ctxopt
 from hf_ctxopt.weights import in_memory
 from hf_ctxopt.weights.codecs import decode, encode, encode_searched
 from hf_ctxopt.weights.linear import GgufEmbedding, GgufLinear
 from hf_ctxopt.weights.matmul import decoded_matmul
+from hf_ctxopt.weights.pack_op import PackOp
+from hf_ctxopt.weights.quantizer import GgufQuantizer
+from hf_ctxopt.weights.selection import expect_
 
 
 def tiny(tied: bool) -> LlamaForCausalLM:
@@ -197,3 +200,49 @@ def test_flat_types_are_searched() -> None:
     hf_ctxopt.quantize_(model, "Q5_K_M", include=["down_proj"])
     packed = model.model.layers[0].mlp.down_proj
     assert torch.equal(packed.weight, encode_searched(down, packed.block_type))
+
+
+def test_a_model_without_a_dense_weight_keeps_its_dtype(tmp_path: Path) -> None:
+    """OLMo's norms have no weights: `model.dtype` ended in StopIteration, and saving with it."""
+    torch.manual_seed(0)
+    config = OlmoConfig(
+        vocab_size=96, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4,
+        pad_token_id=0, eos_token_id=None,
+    )  # fmt: skip
+    model = OlmoForCausalLM(config).eval().to(torch.bfloat16)
+    model.save_pretrained(tmp_path / "dense")
+    model = hf_ctxopt.quantize_(OlmoForCausalLM.from_pretrained(tmp_path / "dense"), "Q8_0")
+    assert model.dtype is torch.bfloat16
+    model.save_pretrained(tmp_path / "packed")
+    again = OlmoForCausalLM.from_pretrained(tmp_path / "packed")
+    loaded = OlmoForCausalLM.from_pretrained(tmp_path / "dense", quantization_config=hf_ctxopt.GgufQuantConfig("Q8_0"))
+    for other in (again, loaded):
+        assert other.dtype is torch.bfloat16
+        assert torch.equal(other(IDS).logits, model(IDS).logits)
+    assert not any("dtype" in name for name in model.state_dict())
+    again.load_state_dict(model.state_dict())
+    assert again.to(torch.float16).dtype is torch.float16
+
+
+def test_a_first_parameter_of_another_dtype_is_not_the_model_s(tmp_path: Path) -> None:
+    model = tiny(False).to(torch.bfloat16)
+    model.model.layers[0].input_layernorm.float()
+    hf_ctxopt.quantize_(model, "Q8_0")
+    assert model.dtype is torch.bfloat16
+    model.save_pretrained(tmp_path)
+    assert LlamaForCausalLM.from_pretrained(tmp_path).config.dtype is torch.bfloat16
+
+
+def test_a_fused_tensor_of_a_checkpoint_is_packed_part_by_part() -> None:
+    """transformers hands over all that it cut one tensor into (HRM's and Molmo's projections, Dinov2's)."""
+    model = tiny(False)
+    expect_(model, {"model.layers.0.mlp.gate_proj": "Q8_0"}, torch.float32, packed=False)
+    gate, up = torch.randn(2, 288, 256).unbind()
+    stem = "model.layers.0.mlp"
+    op = PackOp(GgufQuantizer(hf_ctxopt.GgufQuantConfig("Q8_0")))
+    got = op.convert(
+        {f"{stem}.gate_proj.weight": gate, f"{stem}.up_proj.weight": [up]},
+        model=model, full_layer_name=f"{stem}.gate_proj.weight",
+    )  # fmt: skip
+    assert torch.equal(got[f"{stem}.gate_proj.weight"], encode(gate, "Q8_0"))
+    assert torch.equal(got[f"{stem}.up_proj.weight"], up)

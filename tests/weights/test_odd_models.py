@@ -13,12 +13,20 @@ from torch import nn
 from transformers import (
     BartConfig,
     BartForConditionalGeneration,
+    BloomConfig,
+    BloomForCausalLM,
     FalconConfig,
     FalconForCausalLM,
+    FSMTConfig,
+    FSMTForConditionalGeneration,
+    Gemma4Config,
+    Gemma4ForConditionalGeneration,
     GPT2Config,
     GPT2LMHeadModel,
     MambaConfig,
     MambaForCausalLM,
+    ProphetNetConfig,
+    ProphetNetForConditionalGeneration,
     T5Config,
     T5ForConditionalGeneration,
 )
@@ -74,6 +82,49 @@ def gpt2() -> GPT2LMHeadModel:
     return spread(GPT2LMHeadModel(config))
 
 
+def fsmt() -> FSMTForConditionalGeneration:
+    torch.manual_seed(0)
+    config = FSMTConfig(
+        src_vocab_size=128, tgt_vocab_size=128, d_model=64, encoder_layers=1, decoder_layers=1, encoder_ffn_dim=64,
+        decoder_ffn_dim=64, encoder_attention_heads=4, decoder_attention_heads=4, max_position_embeddings=64,
+        use_cache=False,
+    )  # fmt: skip
+    return spread(FSMTForConditionalGeneration(config))
+
+
+def prophetnet() -> ProphetNetForConditionalGeneration:
+    torch.manual_seed(0)
+    config = ProphetNetConfig(
+        vocab_size=128, hidden_size=64, num_encoder_layers=1, num_decoder_layers=1, encoder_ffn_dim=64,
+        decoder_ffn_dim=64, num_encoder_attention_heads=4, num_decoder_attention_heads=4, max_position_embeddings=64,
+    )  # fmt: skip
+    return spread(ProphetNetForConditionalGeneration(config))
+
+
+def gemma4(own_embeddings: int = 32) -> Gemma4ForConditionalGeneration:
+    """Gemma 4 with images, in its small form by default: embeddings of each layer's own."""
+    torch.manual_seed(0)
+    text: dict[str, Any] = {
+        "vocab_size": 128, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "global_head_dim": 16,
+        "hidden_size_per_layer_input": own_embeddings, "vocab_size_per_layer_input": 128, "num_kv_shared_layers": 0,
+        "layer_types": ["sliding_attention", "full_attention"], "pad_token_id": 0,
+    }  # fmt: skip
+    config = Gemma4Config(text_config=text, vision_config=None, audio_config=None)
+    return spread(Gemma4ForConditionalGeneration(config))
+
+
+def bloom(exact: bool) -> BloomForCausalLM:
+    torch.manual_seed(0)
+    return spread(
+        BloomForCausalLM(
+            BloomConfig(
+                vocab_size=128, hidden_size=64, n_layer=2, n_head=4, pretraining_tp=2, slow_but_exact=exact
+            )
+        )
+    )  # fmt: skip
+
+
 def spread(model: Any) -> Any:
     """Matrices far enough from zero for an output that tells models apart."""
     with torch.no_grad():
@@ -120,6 +171,30 @@ def test_the_head_of_mamba_stays_dense(tied: bool) -> None:
     assert isinstance(model.get_input_embeddings(), GgufEmbedding) is not tied
     assert isinstance(model.backbone.layers[0].mixer.in_proj, GgufLinear)
     as_decoded(model, dense)
+
+
+@pytest.mark.parametrize(
+    ("build", "left"),
+    [(fsmt, "decoder.embed_tokens"), (prophetnet, "ngram_embeddings"), (gemma4, "language_model.embed_tokens")],
+)
+def test_a_weight_that_the_model_s_code_takes_past_its_layer_stays_dense(build: Any, left: str) -> None:
+    model = build()
+    dense = copy.deepcopy(model)
+    hf_ctxopt.quantize_(model, "Q8_0")
+    types = model.config.quantization_config.types
+    assert types
+    assert not any(name.endswith(left) for name in types)
+    as_decoded(model, dense)
+
+
+def test_code_that_a_setting_turns_on_keeps_nothing_dense_while_it_is_off() -> None:
+    assert "model.language_model.embed_tokens" in types_of(gemma4(0), Choice("Q8_0"))
+    for exact in (False, True):
+        model = bloom(exact)
+        dense = copy.deepcopy(model)
+        hf_ctxopt.quantize_(model, "Q8_0")
+        assert isinstance(model.transformer.h[0].self_attention.dense, GgufLinear) is not exact
+        as_decoded(model, dense)
 
 
 @pytest.mark.parametrize("build", [t5, bart])
