@@ -79,6 +79,8 @@ def _card_for(choice: Choice, tokens: int) -> int:
     needed = card.vram + choice.shortfall(tokens)
     usual = card.reserve == reserve_of(card.vram)
     gib = -(-needed // GIB)
+    if usual:  # 12 % of the card is its reserve: counting up to it takes for ever where a batch is absurd
+        gib = max(gib, (needed - card.reserve) * 100 // 88 // GIB)
     while usual and gib * GIB - reserve_of(gib * GIB) < needed - card.reserve:
         gib += 1
     for more in range(_TRIES):  # page by page, a larger card may need more to grow them

@@ -90,3 +90,8 @@ def test_speed_counts_where_a_window_is_needed_too() -> None:
     assert (found["quality"].weights, found["speed"].weights) == ("bf16", "Q4_K_M")
     assert found["quality"].window == found["speed"].window == 4092
     assert 2 * (found["speed"].ms_per_token or 0) < (found["quality"].ms_per_token or 0)
+
+
+def test_an_absurd_batch_is_refused_at_once() -> None:
+    with pytest.raises(DoesNotFitError, match="a card of"):
+        plan(facts(LLAMA), vram="8GiB", batch=10**15)
