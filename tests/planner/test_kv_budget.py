@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
-from hf_ctxopt.errors import DoesNotFitError
+from hf_ctxopt.errors import ConfigError, DoesNotFitError
 from hf_ctxopt.planner.facts import facts_of
+from hf_ctxopt.planner.plan import Plan
 from hf_ctxopt.planner.schemes import weight_bytes
 from hf_ctxopt.planner.search import plan
 from tests.planner.models import facts
@@ -95,3 +96,13 @@ def test_speed_counts_where_a_window_is_needed_too() -> None:
 def test_an_absurd_batch_is_refused_at_once() -> None:
     with pytest.raises(DoesNotFitError, match="a card of"):
         plan(facts(LLAMA), vram="8GiB", batch=10**15)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("pages", 5), ("page_budget", 1 << 40), ("kv_budget", 1), ("capacity", 1), ("vram", 1000)]
+)
+def test_numbers_that_contradict_each_other_are_refused(field: str, value: int) -> None:
+    given = plan(facts(LLAMA), vram="24GiB").to_dict()
+    assert Plan.from_dict(given).to_dict() == given
+    with pytest.raises(ConfigError, match=r"plan\."):
+        Plan.from_dict({**given, field: value})
