@@ -14,6 +14,7 @@ from typing import Any
 from torch import LongTensor, Tensor
 
 from ..errors import CacheFullError
+from ..layerwise import layer_values
 from ..pages.admission import make_room
 from ..pages.arena import Arena
 from ..pages.budget import Budget
@@ -77,7 +78,7 @@ class PrefixCache(PageCache):
             return arenas
 
         config, horizons = self.context.config, [None if p.most_held is None else p.horizon for p in policies]
-        heads = tuple(getattr(config, name, None) for name in _SHAPE)
+        heads = tuple(_shape(config, name) for name in _SHAPE)
         layout = (heads, tuple((arena.layers, p, arena.codecs) for arena, p in zip(arenas, policies, strict=True)),
                   self.options.page_size)  # fmt: skip
         description = repr((layout, self.place[0]))
@@ -287,6 +288,12 @@ class PrefixCache(PageCache):
 
 
 _SHAPE = ("model_type", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim")
+
+
+def _shape(config: Any, name: str) -> Any:
+    """A value of the config; all of them where layers differ in it."""
+    values = layer_values(config, name)
+    return tuple(values) if len(values) > 1 else next(iter(values), None)
 
 
 def _row(group: LayerGroup, index: int, found: Found, pad: int, seen: int) -> Row:

@@ -25,6 +25,7 @@ import torch
 from torch import nn
 
 from ..caches.options import PageOptions, PriorityOptions, SinkOptions
+from ..layerwise import largest
 from ..pages.budget import Budget
 
 SMALL = 1024
@@ -71,10 +72,10 @@ def affordable(model: nn.Module, options: PageOptions, prompt: int, size: int, l
     """
     config: Any = getattr(model, "config", None)
     text = config.get_text_config(decoder=True) if config is not None else None
-    width = int(getattr(text, "hidden_size", 0) or 0)
-    inner = int(getattr(text, "intermediate_size", 0) or 4 * width)
-    heads = int(getattr(text, "num_attention_heads", 0) or 1)
-    kv = int(getattr(text, "num_key_value_heads", 0) or heads) * int(getattr(text, "head_dim", 0) or width // heads)
+    width = largest(text, "hidden_size")
+    inner = largest(text, "intermediate_size") or 4 * width
+    heads = largest(text, "num_attention_heads") or 1
+    kv = (largest(text, "num_key_value_heads") or heads) * (largest(text, "head_dim") or width // heads)
     kv_bits = [options.kv_bits[part] if isinstance(options.kv_bits, Mapping) else options.kv_bits for part in "kv"]
     pages = int(getattr(text, "num_hidden_layers", 0) or 0) * kv * prompt * sum(kv_bits) // 8
     token = 2 * (6 * width + 3 * inner)  # residual, norm, Q, K, V and their turned copies; gate, up and product

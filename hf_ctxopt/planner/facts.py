@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError, UnsupportedModelError
+from ..layerwise import largest, layer_value, layer_values
 from ..weights.linear import GgufLinear
 from ..weights.mixes import Shape
 from ..weights.roles import Role, layer_of, role
@@ -20,6 +21,8 @@ from .configs import broken, config_at, config_of, gguf_file, reason
 
 _LENGTHS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "n_ctx")
 """What configs call the trained length, in the order in which they are asked."""
+_CHOSEN = ("num_experts_per_tok", "top_k_experts", "moe_topk")
+"""What configs call the experts that a token goes through."""
 _LENGTH_SCALED = ("dynamic", "longrope")
 
 
@@ -55,12 +58,14 @@ class Matrix:
         shape: (..., columns).
         linear: whether it is a linear layer's, which transformers' quantizers take.
         packable: whether GGUF blocks can take its place (`weights/selection.py`).
+        table: whether rows of it are looked up, so that a token does not read it all.
     """
 
     name: str
     shape: tuple[int, ...]
     linear: bool
     packable: bool
+    table: bool = False
 
     @property
     def numel(self) -> int:
@@ -161,30 +166,32 @@ def _facts(config: Any, model: Any, source: str | None, stored: str | None = Non
     text = config.get_text_config(decoder=True)
     if getattr(config, "is_encoder_decoder", False):
         raise UnsupportedModelError(f"{config.model_type}: encoder-decoder models cannot be planned for")
-    if getattr(text, "kv_lora_rank", None):
+    if rank := largest(text, "kv_lora_rank"):
         raise UnsupportedModelError(
             f"{text.model_type}: multi-head latent attention stores compressed states (kv_lora_rank="
-            f"{text.kv_lora_rank}), whose size in this cache is not what its config says; it cannot be planned for"
+            f"{rank}), whose size in this cache is not what its config says; it cannot be planned for"
         )
     for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size"):
-        if not isinstance(getattr(text, name, None), int):
+        values = layer_values(text, name)
+        if not values or not all(isinstance(value, int) for value in values):
             raise UnsupportedModelError(f"{text.model_type}: its config has no {name}, so it cannot be planned for")
     for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "head_dim"):
-        if isinstance(size := getattr(text, name, None), int) and size < 1:
-            raise ConfigError(name, size, f"an integer >= 1 in the config of {text.model_type}")
+        for size in layer_values(text, name):
+            if isinstance(size, int) and size < 1:
+                raise ConfigError(name, size, f"an integer >= 1 in the config of {text.model_type}")
     module = model if model is not None else _meta(config)
     groups, others = _groups(text, module)
     experts = float(shape_of(config).experts)
-    chosen = float(getattr(text, "num_experts_per_tok", 0) or getattr(text, "top_k_experts", 0) or experts)
-    hidden = int(text.hidden_size)
-    inner = int(getattr(text, "intermediate_size", 0) or getattr(text, "n_inner", 0) or 4 * hidden)
-    narrow = int(getattr(text, "moe_intermediate_size", 0) or 0)
+    chosen = float(next((count for name in _CHOSEN if (count := largest(text, name))), experts))
+    hidden = largest(text, "hidden_size")
+    inner = largest(text, "intermediate_size") or largest(text, "n_inner") or 4 * hidden
+    narrow = largest(text, "moe_intermediate_size")
     trained, packed = _trained(text), model is not None and _packed(model)
     return ModelFacts(
         name=source or str(getattr(config, "_name_or_path", "") or config.model_type), source=source, groups=groups,
         matrices=_matrices(module), shape=shape_of(config), trained=trained, window_limit=_window_limit(text, trained),
         layers=int(text.num_hidden_layers), hidden=hidden, inner=max(inner, int(narrow * chosen)),
-        heads=int(text.num_attention_heads), vocab=int(text.vocab_size), active=min(1.0, chosen / experts),
+        heads=largest(text, "num_attention_heads"), vocab=int(text.vocab_size), active=min(1.0, chosen / experts),
         item=2 if model is None else _item(model), loaded=None if model is None else _loaded(model),
         packed=packed, foreign=packed and not any(isinstance(part, GgufLinear) for part in model.modules()),
         stored=stored, other_layers=others,
@@ -218,7 +225,7 @@ def _groups(text: Any, module: Any) -> tuple[tuple[LayerShape, ...], int]:
             others += 1
             continue
         window = int(layer.sliding_window) if type(layer) is DynamicSlidingWindowLayer else None
-        key = (*_heads(text, measured.get(index)), window)
+        key = (*_heads(text, index, measured.get(index)), window)
         counted[key] = counted.get(key, 0) + 1
     if not counted:
         raise UnsupportedModelError(f"{text.model_type} has no attention layer whose keys and values pages can hold")
@@ -254,15 +261,16 @@ def _projections(parts: Iterable[tuple[str, Any]]) -> dict[int, tuple[int, int, 
     return found
 
 
-def _heads(text: Any, measured: tuple[int, int, int] | None) -> tuple[int, int, int]:
+def _heads(text: Any, index: int, measured: tuple[int, int, int] | None) -> tuple[int, int, int]:
     """Heads, channels of a key and channels of a value of one layer."""
-    heads = int(text.num_attention_heads)
+    heads = int(layer_value(text, "num_attention_heads", index))
     if measured is not None and measured[0] % measured[2] == 0:
         kv_heads = measured[0] // measured[2]
         return kv_heads, measured[2], measured[1] // kv_heads
-    own = getattr(text, "num_key_value_heads", None) or getattr(text, "num_kv_heads", None) or heads
+    named = (layer_value(text, name, index) for name in ("num_key_value_heads", "num_kv_heads"))
+    own = next((count for count in named if count), heads)
     single = getattr(text, "multi_query", False) and not getattr(text, "new_decoder_architecture", False)
-    size = int(getattr(text, "head_dim", 0) or int(text.hidden_size) // heads)
+    size = int(layer_value(text, "head_dim", index) or largest(text, "hidden_size") // heads)
     return 1 if single else int(own), size, size
 
 
@@ -273,16 +281,21 @@ def _matrices(module: Any) -> tuple[Matrix, ...]:
     from ..weights.precise import left_dense
     from ..weights.selection import is_embedding, is_linear
 
-    linear, packable = set(), set()
+    linear, packable, tables = set(), set(), set()
     for name, part in module.named_modules():
         if isinstance(part, nn.Linear) or type(part).__name__ == "Conv1D":
             linear.add(f"{name}.weight")
+        if isinstance(part, nn.Embedding):
+            tables.add(f"{name}.weight")
         if is_linear(part) or is_embedding(part):
             packable.add(f"{name}.weight")
         elif is_experts(part):
             packable.update(f"{name}.{own}" for own in PARTS)
     packable -= {f"{name}.weight" for name in left_dense(module)}
-    return tuple(Matrix(name, tuple(shape), name in linear, name in packable) for name, shape in weights_of(module))
+    return tuple(
+        Matrix(name, tuple(shape), name in linear, name in packable, name in tables)
+        for name, shape in weights_of(module)
+    )
 
 
 def _rope_sets(text: Any) -> list[Mapping[str, Any]]:

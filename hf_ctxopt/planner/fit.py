@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from .facts import ModelFacts
@@ -11,6 +11,7 @@ from .ladder import Rung
 from .schemes import WeightBytes, weight_bytes
 
 ENDLESS = 1 << 40  # tokens
+_ROUNDS = 32  # each leaves a fraction of what was missing before it: that of one layer of all that grow
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,6 +182,22 @@ class Choice:
         """Bytes that are missing for `tokens` tokens of each sequence; 0 or less if they fit."""
         short = self.kv_bytes(tokens) - self.room
         return short if self.task.kv_budget is None else max(short, self.task.kv_budget - self.left)
+
+    def shortfall(self, tokens: int) -> int:
+        """`missing`, and what more pages than fit now need to grow: with so many bytes more the tokens fit."""
+        short = self.missing(tokens)
+        if short <= 0 or (self.task.kv_budget is not None and self.kv_bytes(tokens) > self.task.kv_budget):
+            return short
+        for _ in range(_ROUNDS):
+            more = self.on(self.task.card.vram + short, self.task.card.reserve).missing(tokens)
+            if more <= 0:
+                break
+            short += more
+        return short
+
+    def on(self, vram: int, reserve: int) -> Choice:
+        """The same settings on a card with so much memory."""
+        return replace(self, task=replace(self.task, card=replace(self.task.card, vram=vram, reserve=reserve)))
 
     def largest_window(self) -> int:
         """The longest window that fits, in whole pages; 0 if none does."""

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 from .fit import Choice
 from .footprint import reserve_of
 from .profiles import GIB
 from .words import size
 
+KIB, MIB = 1 << 10, 1 << 20
 _LEAST = 256  # tokens that are worth naming
+_TRIES = 8
 
 
 def remedies(best: Choice, tried: Sequence[Choice], tokens: int) -> tuple[str, ...]:
@@ -20,20 +24,34 @@ def remedies(best: Choice, tried: Sequence[Choice], tokens: int) -> tuple[str, .
         tried: all choices that were tried.
         tokens: the context that they were tried for.
     """
-    found = []
-    budget = best.task.kv_budget
-    longest = max(tried, key=lambda choice: (choice.window is None, choice.capacity or 0))
-    if budget is not None and best.left >= budget:  # it is the budget that is too small, on any card
-        found.append(f"a kv_budget of {size(best.kv_bytes(tokens))} would do ({best.rung})")
-        if longest.window is None and (longest.capacity or 0) >= _LEAST:
-            found.append(f"a context of {longest.capacity:,} tokens would fit ({longest.rung})")
-        return tuple(found)
+    budget, needed = best.task.kv_budget, best.kv_bytes(tokens)
+    able = [choice for choice in tried if budget is None or choice.left >= budget] or tried
+    longest = max(able, key=lambda choice: (choice.window is None, choice.capacity or 0))
+    shorter = []
+    if longest.window is None and (longest.capacity or 0) >= _LEAST:
+        shorter = [f"a context of {longest.capacity:,} tokens would fit ({longest.rung})"]
+    if budget is not None and needed > budget:  # on any card
+        needed, text = _rounded_up(needed)
+        larger = replace(best, task=replace(best.task, kv_budget=needed))
+        where = "" if larger.left >= needed else f" on a card of {_card_for(larger, tokens)} GiB"
+        found = [f"a kv_budget of {text}{where} would do ({best.rung})"]
+        return (*found, *shorter) if best.left >= budget else tuple(found)
     if budget is not None:
-        found.append(f"pages of {size(max(0, best.left))} would fit" if best.left > 0 else "no pages fit beside it")
-    elif longest.window is None and (longest.capacity or 0) >= _LEAST:
-        found.append(f"a context of {longest.capacity:,} tokens would fit ({longest.rung})")
-    found.append(f"a card of {_card_for(best, tokens)} GiB would do ({best.rung})")
-    return tuple(found)
+        pages = f"pages of {size(_rounded_down(best.left))} would fit"
+        shorter = [pages if best.left > 0 else "no pages fit beside it"]
+    return (*shorter, f"a card of {_card_for(best, tokens)} GiB would do ({best.rung})")
+
+
+def _rounded_up(count: int) -> tuple[int, str]:
+    """Bytes that `size` writes exactly, no fewer than `count`, and what it writes."""
+    step = GIB / 100 if count >= GIB else MIB if count >= MIB else KIB
+    found = math.ceil(math.ceil(count / step) * step)
+    return found, size(found)
+
+
+def _rounded_down(count: int) -> int:
+    step = GIB / 100 if count >= GIB else MIB if count >= MIB else KIB
+    return int(int(count / step) * step)
 
 
 def rejections(tried: Sequence[Choice], tokens: int) -> list[str]:
@@ -58,9 +76,15 @@ def rejections(tried: Sequence[Choice], tokens: int) -> list[str]:
 def _card_for(choice: Choice, tokens: int) -> int:
     """Whole GiB of a card on which the choice fits, with that card's own reserve unless another was asked for."""
     card = choice.task.card
-    needed = card.vram + choice.missing(tokens)
+    needed = card.vram + choice.shortfall(tokens)
     usual = card.reserve == reserve_of(card.vram)
     gib = -(-needed // GIB)
+    if usual:  # 12 % of the card is its reserve: counting up to it takes for ever where a batch is absurd
+        gib = max(gib, (needed - card.reserve) * 100 // 88 // GIB)
     while usual and gib * GIB - reserve_of(gib * GIB) < needed - card.reserve:
         gib += 1
+    for more in range(_TRIES):  # page by page, a larger card may need more to grow them
+        reserve = reserve_of((gib + more) * GIB) if usual else card.reserve
+        if choice.on((gib + more) * GIB, reserve).missing(tokens) <= 0:
+            return gib + more
     return gib

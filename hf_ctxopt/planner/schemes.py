@@ -70,9 +70,8 @@ def weight_bytes(facts: ModelFacts, scheme: str) -> WeightBytes:
         kind = kind if kind in parts else Role.OTHER
         size = _bytes(matrix, scheme, facts)
         parts[kind] += size
-        if kind is not Role.EMBEDDING or facts.tied:
-            routed = "expert" in matrix.name and "shared_expert" not in matrix.name
-            read += int(size * facts.active) if routed else size
+        if (not matrix.table and kind is not Role.EMBEDDING) or (kind is Role.EMBEDDING and facts.tied):
+            read += int(size * facts.active) if _routed(matrix, facts) else size
         if kind is Role.OTHER and (scheme in MIXES and matrix.packable or scheme in LINEAR and matrix.linear):
             unpacked = max(unpacked, 2 * (min(matrix.numel, SLAB_GPU) if scheme in MIXES else matrix.numel))
     return WeightBytes(scheme, parts[Role.OTHER], parts[Role.EMBEDDING], parts[Role.HEAD], unpacked, read)
@@ -85,6 +84,12 @@ def _as_loaded(facts: ModelFacts) -> WeightBytes:
     # The shape of what is packed is not seen any more: the largest matrix of a layer is that of its feed-forward.
     unpacked = 2 * facts.hidden * facts.inner if facts.packed else 0
     return WeightBytes(LOADED, layers, embedding, head, unpacked, layers + (embedding if facts.tied else head))
+
+
+def _routed(matrix: Matrix, facts: ModelFacts) -> bool:
+    """Whether it is one expert's, or all experts' in one matrix: a token reads only those it is sent to."""
+    stacked = facts.shape.experts > 1 and len(matrix.shape) == 3 and matrix.shape[0] == facts.shape.experts
+    return stacked or ("expert" in matrix.name and "shared_expert" not in matrix.name)
 
 
 def _bytes(matrix: Matrix, scheme: str, facts: ModelFacts) -> int:

@@ -227,14 +227,15 @@ class _Search:
         if (most.capacity or 0) < min(LEAST_CONTEXT, self.wanted):
             return None
         roomy = replace(most, chunk=SHORTER_CHUNK)
-        most = roomy if (roomy.capacity or 0) >= LEAST_CONTEXT else most
+        fits = budget is None or roomy.left >= budget
+        most = roomy if fits and (roomy.capacity or 0) >= LEAST_CONTEXT else most
         tokens = int(most.capacity or 0)
         self.notes.append(f"{self.wanted:,} tokens do not fit: planned for the {tokens:,} that do")
         return self._plan(most, tokens)
 
-    def _fastest(self) -> Choice | None:
-        """The fastest choice that holds the context with 4 bits or more; of equally fast ones the better."""
-        found = [self._try(rung, self.wanted) for rung in self.rungs if not rung.coarse]
+    def _fastest(self, window: int | None = None) -> Choice | None:
+        """The fastest choice that holds the context, or a window, with 4 bits or more; of equally fast the better."""
+        found = [self._try(rung, self.wanted, (), window) for rung in self.rungs if not rung.coarse]
         whole = [choice for choice in found if choice is not None]
         times = [_milliseconds(choice, self.wanted) or 0.0 for choice in whole]
         alike = (choice for choice, time in zip(whole, times, strict=True) if time <= ALIKE * min(times))
@@ -242,6 +243,8 @@ class _Search:
 
     def _windowed(self, most: int) -> Plan:
         """A plan with sinks and a window of at most `most` tokens: whole if a rung holds it, else what fits."""
+        if self.goal == "speed" and (fastest := self._fastest(most)) is not None:
+            return self._plan(fastest, self.wanted)
         for host in self._hosts():
             for rung in self.rungs:
                 found = None if rung.coarse else self._try(rung, self.wanted, host, most)
@@ -298,7 +301,7 @@ class _Search:
         would = remedies(best, self.tried, self.wanted)
         if self.needs is not None and any(choice.window is not None for choice in self.tried):
             would = (*would, "a window that fits loses what the prompt needs")
-        return DoesNotFitError(best.missing(self.wanted), what, would)
+        return DoesNotFitError(best.shortfall(self.wanted), what, would)
 
     def _plan(self, choice: Choice, context: int) -> Plan:
         """The plan of a choice, with what there is to say about it."""

@@ -44,6 +44,7 @@ def check_fields(given: Mapping[str, Any]) -> None:
             check_int(f"plan.{name}", given[name], 0)
     _check_pages(given)
     _check_parts(given["bytes"])
+    _check_sums(given)
     for name in ("on_host", "reasons"):
         listed = isinstance(given[name], list | tuple) and all(isinstance(item, str) for item in given[name])
         _check(name, given[name], listed, "a list of texts")
@@ -72,6 +73,16 @@ def _check_parts(parts: Any) -> None:
     _check("bytes", parts, whole, f"bytes of exactly the parts {', '.join(PARTS)}")
     for name, count in parts.items():
         check_int(f"plan.bytes[{name!r}]", count, 0)
+
+
+def _check_sums(given: Mapping[str, Any]) -> None:
+    """What holds for the numbers of every plan: one that was changed by hand promises what is not there."""
+    pages, each, budget = given["pages"], given["page_bytes"], given["page_budget"]
+    _check("pages", pages, pages * each <= budget < (pages + 1) * each, "as many as page_budget holds of page_bytes")
+    _check("page_budget", budget, budget <= given["kv_budget"], "at most kv_budget")
+    held = given["capacity"]
+    _check("capacity", held, held is None or held >= given["context"], "None, or at least the context")
+    _check("bytes", given["bytes"], sum(given["bytes"].values()) <= given["vram"], "parts that fit the vram together")
 
 
 def _check(field: str, value: Any, holds: bool, allowed: str) -> None:

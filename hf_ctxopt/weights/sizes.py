@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from ..errors import UnsupportedModelError
+from ..layerwise import largest
 from .blocks import packed_bytes
 from .mixes import Shape, tensor_type
 
@@ -17,17 +18,15 @@ F16_BYTES, F32_BYTES = 2, 4
 def shape_of(config: Any) -> Shape:
     """The rules' view of a transformers config (the text part of a multimodal one)."""
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    experts = next(
-        (n for key in ("num_local_experts", "num_experts", "n_routed_experts") if (n := getattr(config, key, None))), 1
-    )
+    named = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+    experts = next((count for key in named if (count := largest(config, key))), 1)
     layers = int(config.num_hidden_layers)
-    heads = int(getattr(config, "num_attention_heads", 0) or 0)
-    groups = int(getattr(config, "num_key_value_heads", 0) or 0)
+    heads, groups = largest(config, "num_attention_heads"), largest(config, "num_key_value_heads")
     family = str(getattr(config, "model_type", ""))
     return Shape(
         layers=layers,
         tied=bool(getattr(config, "tie_word_embeddings", False)),
-        experts=int(experts),
+        experts=experts,
         falcon=family == "falcon",
         # llama.cpp calls these 70B: a llama of 80 layers (`llama-model.cpp`).
         large_gqa=family == "llama" and layers == 80 and 0 < 4 * groups <= heads,

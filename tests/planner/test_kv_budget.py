@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
 
-from hf_ctxopt.errors import DoesNotFitError
+from hf_ctxopt.errors import ConfigError, DoesNotFitError
 from hf_ctxopt.planner.facts import facts_of
+from hf_ctxopt.planner.plan import Plan
 from hf_ctxopt.planner.schemes import weight_bytes
 from hf_ctxopt.planner.search import plan
 from tests.planner.models import facts
@@ -58,3 +60,49 @@ def test_shared_experts_are_read_for_every_token() -> None:
     read = weight_bytes(found, "bf16").read
     without = weight_bytes(facts_of({**shape, "shared_expert_intermediate_size": 256}), "bf16").read
     assert read - without == 2 * 2 * 3 * 256 * 256
+
+
+def test_a_budget_with_fewer_tokens_than_usual_fits_the_card() -> None:
+    for mib in range(6500, 8400, 75):  # chunks of 512 tokens fit some of these only without the budget
+        found = plan(facts(LLAMA), vram=mib << 20, kv_budget="200MiB")
+        assert found.total_bytes <= found.vram
+
+
+@pytest.mark.parametrize(("vram", "budget"), [("24GiB", "449MiB"), ("8GiB", "6GiB")])
+def test_remedies_of_a_budget_are_true(vram: str, budget: str) -> None:
+    asked: dict[str, Any] = {"context": 8192, "batch": 8, "agents": 64, "kv_bits": 8}
+    with pytest.raises(DoesNotFitError) as refused:
+        plan(facts(LLAMA), vram=vram, kv_budget=budget, **asked)
+    remedy = refused.value.remedies[0]
+    size, card = re.match(r"a kv_budget of ([\d.]+ GiB) on a card of (\d+) GiB would do", remedy).groups()  # type: ignore[union-attr]
+    assert plan(facts(LLAMA), vram=f"{card}GiB", kv_budget=size, **asked).agents == 64
+
+
+def test_a_card_with_the_shortfall_more_does() -> None:
+    asked: dict[str, Any] = {"context": 40000, "agents": 4, "reserve": 0, "weights": "Q4_K_M", "kv_bits": 8}
+    with pytest.raises(DoesNotFitError) as refused:
+        plan(facts("Qwen3-8B"), vram="8GiB", **asked)
+    short = refused.value.shortfall
+    assert plan(facts("Qwen3-8B"), vram=(8 << 30) + short, **asked).context == 40000
+
+
+def test_speed_counts_where_a_window_is_needed_too() -> None:
+    found = {goal: plan(facts("Llama-2-7B"), vram="24GiB", context=16384, goal=goal) for goal in ("quality", "speed")}
+    assert (found["quality"].weights, found["speed"].weights) == ("bf16", "Q4_K_M")
+    assert found["quality"].window == found["speed"].window == 4092
+    assert 2 * (found["speed"].ms_per_token or 0) < (found["quality"].ms_per_token or 0)
+
+
+def test_an_absurd_batch_is_refused_at_once() -> None:
+    with pytest.raises(DoesNotFitError, match="a card of"):
+        plan(facts(LLAMA), vram="8GiB", batch=10**15)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("pages", 5), ("page_budget", 1 << 40), ("kv_budget", 1), ("capacity", 1), ("vram", 1000)]
+)
+def test_numbers_that_contradict_each_other_are_refused(field: str, value: int) -> None:
+    given = plan(facts(LLAMA), vram="24GiB").to_dict()
+    assert Plan.from_dict(given).to_dict() == given
+    with pytest.raises(ConfigError, match=r"plan\."):
+        Plan.from_dict({**given, field: value})
