@@ -28,6 +28,7 @@ LEAST_CONTEXT = 2048
 """Fewest tokens that are worth planning for where none are asked for; or the usual ones, if those are fewer."""
 SINKS, GOOD_WINDOW, LEAST_WINDOW = 4, 1024, 256
 WINDOW_CHUNK, SHORTER_CHUNK = 256, 512  # what windows and contexts that fill the card leave for chunks
+WORTH = 2  # times as many tokens are worth what the host costs in time, where context is what matters
 ALIKE = 1.05  # times this close together count as equal: the better quality is taken
 
 
@@ -119,6 +120,7 @@ class _Search:
             self.wanted = max(self.wanted, needs.tokens)
         self.notes: list[str] = []
         self.tried: list[Choice] = []
+        self.alone: int | None = None  # tokens without the host, where it was taken for more of them
         if task.facts.other_layers:
             self.notes.append(f"the states of {task.facts.other_layers} layers without attention are not counted")
         if trained is None:
@@ -177,18 +179,34 @@ class _Search:
         found = self._fastest() if self.goal == "speed" else None
         if found is not None:
             return self._plan(found, self.wanted)
-        for hosts, rungs in self._stages():
-            choices = [self._first(rungs, host) for host in hosts]
-            found = next((choice for choice in choices if choice is not None), None)
-            if found is not None:
-                return self._plan(found, self.wanted)
-            shorter = self._shorter(hosts, rungs) if self.asked is None else None
-            if shorter is not None:
-                return shorter
+        if (staged := self._staged()) is not None:
+            choice, tokens = staged
+            if tokens < self.wanted:
+                self.notes.append(f"{self.wanted:,} tokens do not fit: planned for the {tokens:,} that do")
+            return self._plan(choice, tokens)
         if limit is None or self.task.agents > 1 or self.asked is None:
             raise self._refusal()
         self.notes.append("nothing holds the whole text: a window forgets what leaves it")
         return self._windowed(min(self.wanted, limit) - SINKS)
+
+    def _staged(self) -> tuple[Choice, int] | None:
+        """The choice of the first stage that holds the context, or enough of it, and the tokens.
+
+        Where context is what matters, the host is worth its time if it holds `WORTH` times as many tokens.
+        """
+        best: tuple[Choice, int] | None = None
+        for hosts, rungs in self._stages():
+            if best is not None and (self.goal != "context" or rungs[0].coarse or best[1] >= self.wanted):
+                break
+            choices = [self._first(rungs, host) for host in hosts]
+            whole = next((choice for choice in choices if choice is not None), None)
+            found = (whole, self.wanted) if whole is not None else None
+            if found is None and self.asked is None:
+                found = self._shorter(hosts, rungs)
+            if found is not None and (best is None or found[1] >= WORTH * best[1]):
+                self.alone = None if best is None else best[1]
+                best = found
+        return best
 
     def _enough(self, limit: int | None) -> int | None:
         """The window that holds what the prompt needs, where the model and its cache can have one."""
@@ -216,8 +234,8 @@ class _Search:
         found = (self._try(rung, self.wanted, host) for rung in rungs)
         return next((choice for choice in found if choice is not None), None)
 
-    def _shorter(self, hosts: list[tuple[str, ...]], rungs: list[Rung]) -> Plan | None:
-        """A plan for fewer tokens than one would like, if a stage holds enough of them to be of use."""
+    def _shorter(self, hosts: list[tuple[str, ...]], rungs: list[Rung]) -> tuple[Choice, int] | None:
+        """A choice for fewer tokens than one would like, if a stage holds enough of them to be of use."""
         budget = self.task.kv_budget
         choices = [choice for choice in self.tried if choice.host in hosts and choice.rung in rungs]
         choices = [choice for choice in choices if budget is None or choice.left >= budget]
@@ -229,9 +247,7 @@ class _Search:
         roomy = replace(most, chunk=SHORTER_CHUNK)
         fits = budget is None or roomy.left >= budget
         most = roomy if fits and (roomy.capacity or 0) >= LEAST_CONTEXT else most
-        tokens = int(most.capacity or 0)
-        self.notes.append(f"{self.wanted:,} tokens do not fit: planned for the {tokens:,} that do")
-        return self._plan(most, tokens)
+        return most, int(most.capacity or 0)
 
     def _fastest(self, window: int | None = None) -> Choice | None:
         """The fastest choice that holds the context, or a window, with 4 bits or more; of equally fast the better."""
@@ -310,7 +326,8 @@ class _Search:
         if choice.window is not None:
             reasons.append(f"kept: {choice.sinks} first and {choice.window:,} last tokens")
         if choice.host:
-            reasons.append(f"{' and '.join(choice.host)} on the host: nothing less fits; decoding has no CUDA graph")
+            why = "nothing less fits" if self.alone is None else f"the card alone holds {self.alone:,} tokens"
+            reasons.append(f"{' and '.join(choice.host)} on the host: {why}; decoding has no CUDA graph")
         if task.card.like is not None:
             reasons.append(f"the time is that of a card as slow as {task.card.like}")
         if rung.weights in LINEAR:

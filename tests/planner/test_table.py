@@ -179,3 +179,28 @@ def test_batch() -> None:
     assert eight.capacity is not None
     assert one.capacity is not None
     assert eight.capacity < one.capacity
+
+
+@pytest.mark.parametrize("model", sorted(KNOWN))
+def test_a_larger_card_never_gets_half_the_context(model: str) -> None:
+    """Goal `context`, in steps of half a gibibyte: the card alone is taken for its speed where it holds half as much
+    as with the host, not where it holds less."""
+    before = 0
+    for halves in range(9, 21):
+        try:
+            found = plan(facts(model), vram=halves * GIB // 2, goal="context")
+        except DoesNotFitError:
+            assert not before
+            continue
+        assert 2 * found.context > before, halves / 2
+        before = found.context
+    assert before
+
+
+def test_the_host_is_taken_for_twice_the_tokens() -> None:
+    found = plan(facts("Llama-3.1-8B"), vram=13 * GIB // 2, goal="context")
+    quality = plan(facts("Llama-3.1-8B"), vram=13 * GIB // 2)
+    assert not quality.on_host
+    assert found.on_host == ("embedding", "head")
+    assert found.context >= 2 * quality.context
+    assert any(f"on the host: the card alone holds {quality.context:,} tokens" in reason for reason in found.reasons)
