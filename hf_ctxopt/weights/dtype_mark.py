@@ -3,7 +3,8 @@
 transformers takes a model's dtype from its first floating parameter, and `save_pretrained` writes it into the config.
 Once embeddings are packed, that may be a router which is kept in float32, and the model would come back in float32; or
 there may be none at all (OLMo, whose norms have no weights), which ends in a bare StopIteration. An empty parameter of
-the model itself comes before all others. It follows `model.to(dtype)`, and is no part of a state dict.
+the model itself comes before all others, on the device of the one that was first: `model.device` asks that too. It
+follows `model.to(dtype)`, and is no part of a state dict.
 """
 
 from __future__ import annotations
@@ -21,10 +22,12 @@ def mark_dtype(model: Any, dtype: torch.dtype) -> None:
     told = next((part.dtype for part in model.parameters() if part.is_floating_point()), None)
     if told is dtype:
         return
+    device = next((part.device for part in model.parameters()), torch.device("cpu"))
+    mark = torch.empty(0, dtype=dtype, device=device)
     if NAME in model._parameters:
-        model._parameters[NAME].data = torch.empty(0, dtype=dtype)
+        model._parameters[NAME].data = mark
         return
-    model.register_parameter(NAME, nn.Parameter(torch.empty(0, dtype=dtype, device="cpu"), requires_grad=False))
+    model.register_parameter(NAME, nn.Parameter(mark, requires_grad=False))
     # The root's own parameters come first in any case: they are walked before those of its parts.
     model.register_state_dict_post_hook(_left_out)
     model.register_load_state_dict_post_hook(_not_missed)

@@ -35,6 +35,7 @@ from transformers.pytorch_utils import Conv1D
 import hf_ctxopt
 from hf_ctxopt.weights.blocks import packed_bytes
 from hf_ctxopt.weights.codecs import encode
+from hf_ctxopt.weights.dtype_mark import mark_dtype
 from hf_ctxopt.weights.gguf_load import load_gguf
 from hf_ctxopt.weights.linear import GgufEmbedding, GgufLinear
 from hf_ctxopt.weights.matmul import gguf_matmul
@@ -287,3 +288,11 @@ def test_activations_of_other_columns_are_refused(rows: int) -> None:
     for wrong in (128, 512):
         with pytest.raises(hf_ctxopt.ConfigError, match=f"{wrong}: allowed is 256"):
             gguf_matmul(torch.zeros(rows, wrong), packed, "Q4_K")
+
+
+def test_the_mark_of_a_dtype_lies_where_the_model_does() -> None:
+    """A model on a GPU says so: `model.device` is its first parameter's."""
+    model = nn.Sequential(nn.Linear(2, 2, device="meta"))
+    mark_dtype(model, torch.bfloat16)
+    first = next(model.parameters())
+    assert (first.dtype, first.device.type, first.numel()) == (torch.bfloat16, "meta", 0)
