@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from hf_ctxopt.errors import CacheFullError, ConfigError, InterruptedStepError
+from hf_ctxopt.pages.plan import StepPlan
 from hf_ctxopt.pages.pool import PagePool
 from hf_ctxopt.pages.requantize import requantize
 from hf_ctxopt.pages.sealed import Codecs
@@ -155,7 +156,7 @@ class GroupMachine(RuleBasedStateMachine):
     @rule(
         queries=st.one_of(st.just(1), st.integers(1, 70)),
         layer=st.integers(0, LAYERS - 1),
-        method=st.sampled_from(["copy_pages", "write", "seal", "fill", None]),
+        method=st.sampled_from(["copy_pages", "write", "append", "seal", "fill", None]),
         retry=st.booleans(),
         settle=st.booleans(),
     )
@@ -171,14 +172,20 @@ class GroupMachine(RuleBasedStateMachine):
                 self.record(ids)
                 return
         else:
-            with mock.patch.object(LayerStorage, method, side_effect=Interrupt):
+            plans, step = list[StepPlan](), self.group.step
+
+            def planned(*args: Any) -> StepPlan:
+                plans.append(step(*args))
+                return plans[-1]
+
+            with mock.patch.object(LayerStorage, method, side_effect=Interrupt), \
+                    mock.patch.object(self.group, "step", planned):  # fmt: skip
                 try:
                     self.rig.update(layer, ids)
                 except Interrupt:
-                    pass
-                else:  # nothing to seal, or no token outlives the step
-                    assert method != "copy_pages"
-                    assert method != "write" or self.group.pool.used == 0 or self.group.codecs is not None
+                    assert method in self.calls(plans[-1])
+                else:
+                    assert method not in self.calls(plans[-1])
                     if layer == LAYERS - 1:
                         self.record(ids)
                         return
@@ -194,6 +201,13 @@ class GroupMachine(RuleBasedStateMachine):
         except InterruptedStepError:
             assert spills, "a step that could be taken back was not"
             self.reset()
+
+    def calls(self, plan: StepPlan) -> set[str]:
+        """The methods of its storage that a layer calls to carry out a plan."""
+        if plan.brief:
+            return {"append" if plan.single is not None and self.group.codecs is None else "write"}
+        listed = {"fill": plan.fills, "write": plan.writes}
+        return {"seal", "copy_pages"} | {method for method, parts in listed.items() if parts}
 
     @rule(picks=st.lists(st.integers(0, 99), min_size=1, max_size=MOST_ROWS))
     def select(self, picks: list[int]) -> None:
