@@ -359,7 +359,7 @@ class LayerGroup:
         plan, self.request = self.plan, None
         if self._late:
             rewind(self, 0)
-            self.select([])
+            self._forget_rows()
         if plan is None or self._late or all(at in (0, self.seen) for at in self.progress.values()) and plan.seen:
             self._late = False
             return self.seen
@@ -374,8 +374,13 @@ class LayerGroup:
                 take_back(plan, layer, self.storages[layer])
         rewind(self, plan.seen)
         if not plan.seen:
-            self.select([])  # as before the first step: the next one may bring another batch
+            self._forget_rows()
         return self.seen
+
+    def _forget_rows(self) -> None:
+        """As before the first step: where no padding is given, the next one may bring another batch."""
+        self.pads = [row.pad for row in self.rows] if self.pads is not None else None
+        self.select([])
 
     def reset(self) -> None:
         """Forget everything and give the memory back, or, where others list pages too, this group's pages."""

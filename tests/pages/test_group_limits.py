@@ -71,6 +71,17 @@ def test_a_reset_forgets_that_a_step_was_interrupted() -> None:
     assert rig.held(0, 1) == {0: 10, 1: 11, 2: 12}
 
 
+def test_rows_that_were_repeated_before_all_was_taken_back_stay_after_an_interrupted_first_step() -> None:
+    rig = Rig(SinkWindow(), pads=[1])
+    rig.step(numbers(0, 1, 3))
+    rig.layers[0].batch_repeat_interleave(2)
+    rig.layers[0].crop(-3)
+    rig.update(0, numbers(3, 2, 4))
+    assert rig.group.settle() == 0
+    rig.step(numbers(11, 2, 4))
+    assert [rig.held(row) for row in range(2)] == [{0: 12, 1: 13, 2: 14}, {0: 16, 1: 17, 2: 18}]
+
+
 def test_an_interrupted_fork_keeps_the_tail_of_every_layer() -> None:
     """The first layer copied the shared tail page, the second did not get to it."""
     rig = Rig(KEEP_ALL, page_size=4, layers=2)
