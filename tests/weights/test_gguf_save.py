@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 
@@ -120,7 +121,10 @@ def test_a_tokenizer_comes_back(byte_level: bool, tmp_path: Path) -> None:
 
 @pytest.mark.real
 def test_smollm2s_tokenizer(smollm2, tmp_path: Path) -> None:
-    path = hf_ctxopt.save_gguf(smollm2.model.to(torch.bfloat16), tmp_path / "a.gguf", smollm2.tokenizer)
+    config = copy.deepcopy(smollm2.model.config)
+    config.num_hidden_layers = 1
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    path = hf_ctxopt.save_gguf(model, tmp_path / "a.gguf", smollm2.tokenizer)
     again = AutoTokenizer.from_pretrained(tmp_path, gguf_file=path.name)
     for text in ("The capital of France is Paris.", "naïve  \n\t x = 12345;", "<|im_start|>user\nHi<|im_end|>"):
         assert again(text).input_ids == smollm2.tokenizer(text).input_ids
