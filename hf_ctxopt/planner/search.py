@@ -317,7 +317,7 @@ class _Search:
         would = remedies(best, self.tried, self.wanted)
         if self.needs is not None and any(choice.window is not None for choice in self.tried):
             would = (*would, "a window that fits loses what the prompt needs")
-        return DoesNotFitError(best.shortfall(self.wanted), what, would)
+        return DoesNotFitError(best.missing(self.wanted), what, would)
 
     def _plan(self, choice: Choice, context: int) -> Plan:
         """The plan of a choice, with what there is to say about it."""

@@ -209,3 +209,22 @@ def test_growing_pages_are_there_twice_for_one_layer() -> None:
     assert long.activations > choice.activations
     assert long.parts(131072)["activations"] == long.activations
     assert long.parts(8192)["activations"] < 0.2 * GIB  # no more pages have been grown there
+
+
+@pytest.mark.parametrize("full", [1, 2, 8])
+def test_memory_that_is_kept_for_growth_is_that_of_the_pages_that_fit(full: int) -> None:
+    """Where one layer grows, it is there twice while it does: half of the memory is for pages, not none."""
+    kinds = ["full_attention"] * full + ["sliding_attention"] * (12 - full)
+    config = {**TINY["hybrid"], "num_hidden_layers": 12, "layer_types": kinds, "max_position_embeddings": 1 << 30}
+    found = facts_of(config)
+    before = 0
+    for vram in range(GIB, GIB + 100_000, 997):
+        card = Card(name="c", vram=vram, others=0, context=0, reserve=0, bandwidth=None, accelerator=False)
+        choice = Choice(Task(facts=found, card=card), Rung("bf16", 16, 16), 128)
+        held, page = choice.capacity or 0, choice.layout.page_bytes
+        assert held >= before  # a larger card never holds less
+        assert choice.missing(held) <= 0 < choice.missing(held + 1)
+        assert choice.pages * 32 == held
+        assert choice.left - choice.room <= page // full
+        before = held
+    assert before / 32 * page == pytest.approx(GIB * full / (full + 1), rel=0.01)
