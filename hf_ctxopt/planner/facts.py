@@ -76,7 +76,7 @@ class Matrix:
         return total
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)  # by identity: what is worked out of them is kept (`schemes.py`)
 class ModelFacts:
     """A model as the planner sees it.
 
