@@ -49,7 +49,7 @@ def load(
 
     Raises:
         ConfigError: the plan is of a model in memory or of a config, which there is nothing to load of; a scheme that
-            does not run on the device, or that the checkpoint rules out.
+            does not run on the device, or that the checkpoint rules out; a `dtype` of more than two bytes.
         CtxoptError: a package that the scheme needs is missing; transformers cannot load it: the message is its first
             line.
         DoesNotFitError: of the planning.
@@ -57,6 +57,7 @@ def load(
     found = _plan(plan, device, weights)
     if found.weights == LOADED:
         raise ConfigError("plan.weights", LOADED, "a scheme to load with: this plan is of a model that is loaded")
+    _check_dtype(options)
     register()
     place = _place(found, device)
     if found.weights in OTHERS:
@@ -83,6 +84,16 @@ def _plan(plan: Any, device: Any, weights: str | None) -> Plan:
     if weights is not None:
         raise ConfigError("weights", weights, "None beside a plan, which has its own")
     return plan if isinstance(plan, Plan) else Plan.from_dict(plan)
+
+
+def _check_dtype(options: Mapping[str, Any]) -> None:
+    """Plans count two bytes for what is not packed and for keys and values."""
+    for name in ("dtype", "torch_dtype"):
+        given = options.get(name)
+        dtype = getattr(torch, given.removeprefix("torch."), None) if isinstance(given, str) else given
+        if isinstance(dtype, torch.dtype) and dtype.itemsize > 2:
+            allowed = "a dtype of two bytes, as plans count them; a model in another is planned for as it stands, by "
+            raise ConfigError(name, given, allowed + "patch_model(model)")
 
 
 def _hub(options: Mapping[str, Any]) -> dict[str, Any]:

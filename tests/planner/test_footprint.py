@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -10,13 +11,16 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from hf_ctxopt.errors import DoesNotFitError
 from hf_ctxopt.integration.build import build_cache, parse_options
 from hf_ctxopt.integration.compat import generate_argument
+from hf_ctxopt.planner import schemes
 from hf_ctxopt.planner.facts import facts_of
 from hf_ctxopt.planner.fit import Card, Choice, Task
 from hf_ctxopt.planner.footprint import GRAPH, KvLayout, activation_bytes, logit_bytes, reserve_of
 from hf_ctxopt.planner.ladder import Rung
 from hf_ctxopt.planner.schemes import SCHEMES, weight_bytes
+from hf_ctxopt.planner.search import plan
 from hf_ctxopt.planner.speed import token_ms
 from hf_ctxopt.weights.in_memory import quantize_
 from hf_ctxopt.weights.sizes import size_of
@@ -228,3 +232,17 @@ def test_memory_that_is_kept_for_growth_is_that_of_the_pages_that_fit(full: int)
         assert choice.left - choice.room <= page // full
         before = held
     assert before / 32 * page == pytest.approx(GIB * full / (full + 1), rel=0.01)
+
+
+def test_the_bytes_of_a_scheme_are_worked_out_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = facts_of(TINY["gqa"])
+    counted: list[tuple[str, str]] = []
+    real = schemes._bytes
+    monkeypatch.setattr(
+        schemes, "_bytes", lambda matrix, scheme, of: counted.append((matrix.name, scheme)) or real(matrix, scheme, of)
+    )
+    for vram in ("1GiB", "2GiB"):
+        with contextlib.suppress(DoesNotFitError):
+            plan(found, vram=vram)
+    assert counted
+    assert len(counted) == len(set(counted))
