@@ -214,7 +214,7 @@ class Choice:
 
     def parts(self, tokens: int) -> dict[str, int]:
         """Bytes by part with `tokens` tokens in each sequence; pages have grown to no more than these."""
-        kv = self.kv_bytes(tokens) if self.task.kv_budget is None else self.task.kv_budget
+        kv = max(self.kv_bytes(tokens), self.task.kv_budget or 0)
         beside = self._beside
         first = {"weights": beside["weights"], "embeddings": beside["embeddings"], "kv": kv}
         return {**first, "activations": self._active(tokens), **beside}

@@ -131,7 +131,7 @@ def bytes_of(field: str, value: int | str, least: int = 1) -> int:
     given = value
     if isinstance(value, str):
         text = value.strip()
-        if text.isdecimal() and len(text) < 32:
+        if text.isascii() and text.isdecimal() and len(text) < 32:
             value = int(text)
         elif re.fullmatch(r"0+(\.0+)?\s*([KMG]i?)?B", text, re.IGNORECASE):
             value = 0

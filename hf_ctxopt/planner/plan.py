@@ -110,7 +110,7 @@ class Plan:
         """
         if not isinstance(values, Mapping):
             raise ConfigError("plan", values, "a dictionary that Plan.to_dict() wrote")
-        if values.get("version") != VERSION:
+        if type(values.get("version")) is not int or values["version"] != VERSION:
             raise ConfigError("version", values.get("version"), f"{VERSION}: a plan of this version of hf_ctxopt")
         given = {key: value for key, value in values.items() if key not in ("version", "total_bytes")}
         given = {"needs": None, **given}  # plans of before there were any have none

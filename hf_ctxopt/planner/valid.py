@@ -11,6 +11,8 @@ from ..errors import ConfigError
 from .schemes import LOADED, SCHEMES
 
 GOALS = ("quality", "context", "speed")
+CACHES = ("ctx_paged", "ctx_prefix", "ctx_sink")
+"""The caches of plans: all tokens, the shared ones of several agents, and a window."""
 PARTS = ("weights", "embeddings", "kv", "activations", "logits", "graph", "cuda_context", "others", "reserve")
 """Keys of `Plan.bytes`, in the order in which they are shown."""
 HOST_PARTS = ("embedding", "head")
@@ -35,6 +37,7 @@ def check_fields(given: Mapping[str, Any]) -> None:
     _check("goal", given["goal"], given["goal"] in GOALS, f"one of {', '.join(GOALS)}")
     schemes = (LOADED, *SCHEMES)
     _check("weights", given["weights"], given["weights"] in schemes, f"one of {', '.join(schemes)}")
+    _check("cache", given["cache"], given["cache"] in CACHES, f"one of {', '.join(CACHES)}")
     for name in _POSITIVE:
         check_int(f"plan.{name}", given[name], 1)
     for name in _COUNTS:
@@ -65,6 +68,8 @@ def _check_pages(given: Mapping[str, Any]) -> None:
     except ConfigError as error:
         raise ConfigError(f"plan.{error.field}", error.value, error.allowed) from None
     _check("window", window, (window is None) is (given["cache"] != "ctx_sink"), "tokens with ctx_sink, else None")
+    shared = given["agents"] == 1 or given["cache"] == "ctx_prefix"
+    _check("cache", given["cache"], shared, "ctx_prefix for several agents")
     _check("sinks", given["sinks"], (given["sinks"] is None) is (window is None), "tokens with a window, else None")
 
 

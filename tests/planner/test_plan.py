@@ -51,7 +51,7 @@ def test_json_round_trip_and_its_checks() -> None:
         assert key in values
     assert values["total_bytes"] == sum(values["bytes"].values())
     assert Plan.from_dict(values) == found
-    for broken in ({"version": 0}, {"total_bytes": 1}, {"colour": "red"}):
+    for broken in ({"version": 0}, {"version": True}, {"version": 1.0}, {"total_bytes": 1}, {"colour": "red"}):
         with pytest.raises(ConfigError):
             Plan.from_dict({**values, **broken})
     with pytest.raises(ConfigError, match="window"):
@@ -69,7 +69,7 @@ def test_json_round_trip_and_its_checks() -> None:
         ("context", [-1, 0, "256", True, None, 1.5]), ("chunk", [0, -3, "x"]), ("page_size", [0, 24, "x"]),
         ("pages", [-5, None]), ("agents", [0]), ("batch", [0]), ("goal", ["zz", None]), ("vram", ["x", 0]),
         ("kv_budget", [-1, "2GiB"]), ("weights", ["zz", 3, []]), ("model", [None]), ("quality", [4]),
-        ("cache", [None]), ("capacity", ["x", -1]), ("window", [256]), ("sinks", [4]),
+        ("cache", [None, "ctx_nowhere", "ctx_priority"]), ("capacity", ["x", -1]), ("window", [256]), ("sinks", [4]),
         ("ms_per_token", ["x", float("nan"), -1.0, True]),
     ],
 )  # fmt: skip
@@ -100,6 +100,8 @@ def test_json_with_other_bytes_or_another_cache_is_refused() -> None:
         assert refused.value.field == "plan.bytes['kv']"
     with pytest.raises(ConfigError, match="plan.window"):
         Plan.from_dict({**made, "cache": "ctx_sink"})
+    with pytest.raises(ConfigError, match="ctx_prefix for several agents"):
+        Plan.from_dict({**made, "agents": 2})
     with pytest.raises(ConfigError, match="exactly the fields"):
         Plan.from_dict({**made, 3: 4, "zz": 5})
     windowed = plan(facts("Llama-2-7B"), vram="8GiB", context=10_000).to_dict()
@@ -232,7 +234,9 @@ def test_nothing_can_be_left_alone(none: Any) -> None:
         assert (refused.value.field, refused.value.value) == (field, none)
 
 
-@pytest.mark.parametrize("bad", ["-1", "-1GiB", "1e9", "", "0x10", True, 1.5, -1, [1]])
+@pytest.mark.parametrize(
+    "bad", ["-1", "-1GiB", "1e9", "", "0x10", True, 1.5, -1, [1], "８GiB", "８", "1\u212aB", "9" * 400 + "GiB"]
+)
 def test_what_is_no_size_is_no_reserve(bad: Any) -> None:
     with pytest.raises(ConfigError) as refused:
         plan(facts("Phi-4-mini"), vram="8GiB", reserve=bad)
