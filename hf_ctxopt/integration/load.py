@@ -19,6 +19,7 @@ from ..weights.gguf_load import gguf_config, load_gguf
 from ..weights.mixes import MIXES
 from ..weights.others import OTHERS, check_other
 from ..weights.roles import NAMES, Role
+from ..weights.stored import stored_of, unpacking
 from .packing import check_scheme, loading_config, pack_loaded
 from .patch import patch_model
 from .register import register
@@ -159,16 +160,20 @@ def _model(plan: Plan, source: str, options: dict[str, Any], place: torch.device
     options = {"dtype": _dtype(place), **options}
     kept = [_pattern(_PARTS[part]) for part in plan.on_host]
     from_gguf = "gguf_file" in options  # such a file is unpacked first, and then packed as planned
-    stored = None
+    stored, unpacked = None, False
     if from_gguf:
         options["config"] = gguf_config(GgufFile(Path(source) / options["gguf_file"]))
     else:
-        stored = getattr(AutoConfig.from_pretrained(source, **_hub(options)), "quantization_config", None)
+        own = AutoConfig.from_pretrained(source, **_hub(options))
+        stored = stored_of(own)
+        if unpacked := unpacking(own):
+            options["config"] = own
     ready = check_scheme(plan.weights, place.type, stored)
     config = None if ready else loading_config(plan.weights, kept, options["dtype"])
-    late = not ready and (from_gguf or config is None)
+    late = not ready and (from_gguf or unpacked or config is None)
     if late and config is not None and plan.weights not in MIXES:
-        raise ConfigError("plan.weights", plan.weights, f"one of {', '.join(MIXES)} for a .gguf file")
+        what = "a .gguf file" if from_gguf else "a checkpoint that is unpacked first"
+        raise ConfigError("plan.weights", plan.weights, f"one of {', '.join(MIXES)} for {what}")
     if config is not None and not late:
         options["quantization_config"] = config
     # Straight to the device where accelerate can do it; else through the host, whose memory then holds the model once.

@@ -6,7 +6,7 @@ Read from a config, with the model on the meta device, or from a model as it sta
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from ..weights.linear import GgufLinear
 from ..weights.mixes import Shape
 from ..weights.roles import Role, layer_of, role
 from ..weights.sizes import meta_model, shape_of, weights_of
-from ..weights.stored import stored_scheme
+from ..weights.stored import DENSE, UNPACKED, method_of, stored_of, stored_scheme
 from .configs import broken, config_at, config_of, gguf_file, reason
 
 _LENGTHS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "n_ctx")
@@ -94,8 +94,8 @@ class ModelFacts:
         loaded: bytes of (layers, embedding, head) of a model that is loaded, on its device; `None` for a config.
         packed: whether the weights of a loaded model are not plain matrices.
         foreign: whether they are packed, and other kernels than ours multiply with them.
-        stored: scheme that the checkpoint's weights are packed as; `None` for plain ones, a model, or a format that is
-            no scheme here, which counts as plain.
+        stored: scheme that the checkpoint's weights are packed as; `None` for plain ones or a model.
+        unpacked: method of a checkpoint that is unpacked to 16 bits while it loads (`weights/stored.py`).
         other_layers: layers with a state of their own kind (linear attention), which is not counted.
     """
 
@@ -117,6 +117,7 @@ class ModelFacts:
     packed: bool = False
     foreign: bool = False
     stored: str | None = None
+    unpacked: str | None = None
     other_layers: int = 0
 
     @property
@@ -140,7 +141,8 @@ def facts_of(model: Any) -> ModelFacts:
 
     Raises:
         ConfigError: there is no such model or config.
-        UnsupportedModelError: its keys and values are not those of attention heads that pages can hold.
+        UnsupportedModelError: its keys and values are not those of attention heads that pages can hold; or its
+            checkpoint is packed in a form whose bytes are not known here.
     """
     from torch import nn
 
@@ -159,7 +161,15 @@ def facts_of(model: Any) -> ModelFacts:
         model = config_of(model)
     if not hasattr(model, "get_text_config"):
         raise ConfigError("model", type(model).__name__, "a transformers model or config, a dictionary or a path")
-    return _facts(model, None, source, stored_scheme(getattr(model, "quantization_config", None)))
+    stored = stored_of(model)
+    method, scheme = method_of(stored)[0], stored_scheme(stored)
+    if scheme is None and method not in DENSE:
+        raise UnsupportedModelError(
+            f"{model.model_type}: its checkpoint is stored as {method} in a form whose bytes are not known here; load "
+            "it, and plan for the model as it stands: patch_model(model)"
+        )
+    found = _facts(model, None, source, scheme)
+    return replace(found, unpacked=method) if method in UNPACKED else found
 
 
 def _facts(config: Any, model: Any, source: str | None, stored: str | None = None) -> ModelFacts:

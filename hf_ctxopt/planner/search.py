@@ -119,6 +119,8 @@ class _Search:
         self.tried: list[Choice] = []
         if task.facts.other_layers:
             self.notes.append(f"the states of {task.facts.other_layers} layers without attention are not counted")
+        if task.facts.unpacked is not None:
+            self.notes.append(f"its checkpoint is stored as {task.facts.unpacked}: unpacked to 16 bits while it loads")
         if trained is None:
             self.notes.append("its config does not say what length it was trained on")
         if needs is not None:
