@@ -24,7 +24,14 @@ from .packing import check_scheme, loading_config, pack_loaded
 from .patch import patch_model
 from .register import register
 
-LOAD_ERRORS = (OSError, ValueError, KeyError, ImportError, RuntimeError)  # what transformers raises for bad models
+LOAD_ERRORS = (
+    OSError,
+    ValueError,
+    KeyError,
+    ImportError,
+    RuntimeError,
+    TypeError,
+)  # what transformers raises for bad models
 _READING = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token", "trust_remote_code")
 _PARTS = {"embedding": Role.EMBEDDING, "head": Role.HEAD}
 
@@ -50,7 +57,8 @@ def load(
 
     Raises:
         ConfigError: the plan is of a model in memory or of a config, which there is nothing to load of; a scheme that
-            does not run on the device, or that the checkpoint rules out; a `dtype` of more than two bytes.
+            does not run on the device, or that the checkpoint rules out; a `dtype` of other than two bytes;
+            a device that is not here.
         CtxoptError: a package that the scheme needs is missing; transformers cannot load it: the message is its first
             line.
         DoesNotFitError: of the planning.
@@ -92,7 +100,9 @@ def _check_dtype(options: Mapping[str, Any]) -> None:
     for name in ("dtype", "torch_dtype"):
         given = options.get(name)
         dtype = getattr(torch, given.removeprefix("torch."), None) if isinstance(given, str) else given
-        if isinstance(dtype, torch.dtype) and dtype.itemsize > 2:
+        if given in (None, "auto"):
+            continue
+        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point or dtype.itemsize != 2:
             allowed = "a dtype of two bytes, as plans count them; a model in another is planned for as it stands, by "
             raise ConfigError(name, given, allowed + "patch_model(model)")
 
@@ -110,10 +120,19 @@ def source_of(name: str) -> tuple[str, dict[str, Any]]:
 
 
 def _place(plan: Plan, device: Any) -> torch.device:
+    """Where the model is to run. Raises `ConfigError`: there is no such device here."""
+    try:
+        place = torch.device(plan.device if device is None else device)
+    except (RuntimeError, TypeError):  # the profile of a card, or no device at all
+        place = None
+    accelerator = torch.accelerator.current_accelerator()
+    count = 0 if accelerator is None else torch.accelerator.device_count()
+    kinds = {"cpu": 1} if accelerator is None else {"cpu": 1, accelerator.type: count}
+    if place is not None and (place.index or 0) < kinds.get(place.type, 0):
+        return place
     if device is not None:
-        return torch.device(device)
-    if plan.device == "cpu" or plan.device.split(":")[0] in ("cuda", "xpu", "mps"):
-        return torch.device(plan.device)
+        here = ", ".join(f"{kind}:{index}" for kind, number in kinds.items() for index in range(number))
+        raise ConfigError("device", device, f"one of {here}")
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 

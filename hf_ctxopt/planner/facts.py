@@ -148,7 +148,7 @@ def facts_of(model: Any) -> ModelFacts:
 
     if isinstance(model, ModelFacts):
         return model
-    if isinstance(model, nn.Module):
+    if isinstance(model, nn.Module) and hasattr(getattr(model, "config", None), "get_text_config"):
         return _facts(model.config, model, None)
     source = None
     if isinstance(model, str | Path):

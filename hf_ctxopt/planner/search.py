@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from itertools import product
 from typing import Any
 
+from ..caches.options import check_int
 from ..errors import ConfigError, DoesNotFitError
 from .cards import card_for
 from .facts import ModelFacts, facts_of
@@ -16,6 +17,7 @@ from .ladder import Rung, halves, ladder, worse
 from .needs import ERROR, Needs, described
 from .outcome import milliseconds, plan_of, refusal
 from .plan import Plan
+from .profiles import MOST
 from .remedies import rejections
 from .schemes import LOADED
 from .valid import GOALS
@@ -326,7 +328,7 @@ def _needs(probe: Any, context: int | None) -> Needs | None:
 
 def _check(context: int | None, batch: int, agents: int, goal: str) -> None:
     for name, value in (("context", context), ("batch", batch), ("agents", agents)):
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-            raise ConfigError(name, value, "an integer >= 1")
+        if value is not None:
+            check_int(name, value, 1, MOST)
     if goal not in GOALS:
         raise ConfigError("goal", goal, f"one of {', '.join(GOALS)}")

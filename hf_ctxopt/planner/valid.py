@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
 from ..caches.options import PageOptions, check_int
 from ..errors import ConfigError
+from .profiles import MOST
 from .schemes import LOADED, SCHEMES
 
 GOALS = ("quality", "context", "speed")
@@ -27,7 +27,7 @@ def check_fields(given: Mapping[str, Any]) -> None:
     """Refuse what no plan has in its fields.
 
     Args:
-        given: every field of `Plan` but `needs`, as read from JSON.
+        given: every field of `Plan` but `needs`, as read from JSON or as they are.
 
     Raises:
         ConfigError: a value of another type or out of range; the message names `plan.<field>`.
@@ -39,12 +39,12 @@ def check_fields(given: Mapping[str, Any]) -> None:
     _check("weights", given["weights"], given["weights"] in schemes, f"one of {', '.join(schemes)}")
     _check("cache", given["cache"], given["cache"] in CACHES, f"one of {', '.join(CACHES)}")
     for name in _POSITIVE:
-        check_int(f"plan.{name}", given[name], 1)
+        check_int(f"plan.{name}", given[name], 1, MOST)
     for name in _COUNTS:
-        check_int(f"plan.{name}", given[name], 0)
+        check_int(f"plan.{name}", given[name], 0, MOST)
     for name in _OPTIONAL:
         if given[name] is not None:
-            check_int(f"plan.{name}", given[name], 0)
+            check_int(f"plan.{name}", given[name], 0, MOST)
     _check_pages(given)
     _check_parts(given["bytes"])
     _check_sums(given)
@@ -56,7 +56,7 @@ def check_fields(given: Mapping[str, Any]) -> None:
     _check("on_host", host, known, f"of {' and '.join(HOST_PARTS)}, each once")
     time = given["ms_per_token"]
     number = isinstance(time, int | float) and not isinstance(time, bool)
-    _check("ms_per_token", time, time is None or (number and math.isfinite(time) and time >= 0), "None or a time >= 0")
+    _check("ms_per_token", time, time is None or (number and 0 <= time <= MOST), "None or a time >= 0")
 
 
 def _check_pages(given: Mapping[str, Any]) -> None:
@@ -77,7 +77,7 @@ def _check_parts(parts: Any) -> None:
     whole = isinstance(parts, Mapping) and set(parts) == set(PARTS)
     _check("bytes", parts, whole, f"bytes of exactly the parts {', '.join(PARTS)}")
     for name, count in parts.items():
-        check_int(f"plan.bytes[{name!r}]", count, 0)
+        check_int(f"plan.bytes[{name!r}]", count, 0, MOST)
 
 
 def _check_sums(given: Mapping[str, Any]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -264,11 +265,27 @@ def test_a_plan_is_for_the_weights_windows_and_length_that_the_model_has() -> No
         assert record_of(given) is None
 
 
-@pytest.mark.parametrize("given", [torch.float32, "float32", "torch.float32"])
-def test_no_plan_is_loaded_in_four_bytes(folder: Path, given: Any) -> None:
+@pytest.mark.parametrize("given", [torch.float32, "float32", "torch.float32", torch.int16, "zz", 3])
+def test_a_plan_is_loaded_in_two_bytes(folder: Path, given: Any) -> None:
     with pytest.raises(ConfigError) as refused:
         hf_ctxopt.load(hf_ctxopt.plan(folder, vram="4GiB"), "cpu", dtype=given)
     assert (refused.value.field, refused.value.value) == ("dtype", given)
+
+
+@pytest.mark.parametrize("given", ["nonsense", 3.5, "cuda:99", "meta"])
+def test_a_device_that_is_not_here_is_refused_before_anything_is_read(given: Any) -> None:
+    made = replace(hf_ctxopt.plan(facts("Phi-4-mini"), vram="8GiB"), model="/nowhere")
+    with pytest.raises(ConfigError) as refused:
+        hf_ctxopt.load(made, given)
+    assert refused.value.field == "device"
+
+
+def test_a_plan_for_a_device_that_is_not_here_is_loaded_on_what_is(folder: Path) -> None:
+    made = replace(hf_ctxopt.plan(folder, vram="4GiB"), device="cuda:99")
+    model, _ = hf_ctxopt.load(made)
+    assert model.device.type == ("cuda" if torch.cuda.is_available() else "cpu")
+    with pytest.raises(CtxoptError, match="cannot load"):
+        hf_ctxopt.load(made, "cpu", nonsense=3)
 
 
 def test_a_chunk_is_only_that_of_the_plan_s_own_cache() -> None:
