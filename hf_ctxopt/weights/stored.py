@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from ..errors import ConfigError
 from .config import METHOD
 from .mixes import MIXES
 from .others import OTHERS
@@ -40,9 +41,14 @@ def method_of(stored: Any) -> tuple[str | None, str | None]:
 
     Args:
         stored: the `quantization_config`, `None` for a dense checkpoint.
+
+    Raises:
+        ConfigError: it is no quantization config.
     """
     if stored is None:
         return None, None
+    if not isinstance(stored, dict) and not hasattr(stored, "quant_method"):
+        raise ConfigError("quantization_config", stored, "a dictionary with a quant_method")
     values = stored if isinstance(stored, dict) else vars(stored)
     method = values.get("quant_method")
     return str(getattr(method, "value", method)), values.get("mix") if method == METHOD else None

@@ -149,7 +149,8 @@ BROKEN: list[dict[str, Any]] = [
     {"num_attention_heads": 3}, {"hidden_size": "x"}, {"max_position_embeddings": None}, {"rope_scaling": "x"},
     {"num_attention_heads": 0}, {"hidden_size": 0}, {"head_dim": 0}, {"num_hidden_layers": -1}, {"vocab_size": 0},
     {"num_key_value_heads": 0}, {"rope_parameters": {"rope_type": "zz", "rope_theta": 1e4}}, {"hidden_act": "zz"},
-    {"dtype": "zz"},
+    {"dtype": "zz"}, {"kv_lora_rank": "x"}, {"num_local_experts": float("inf")}, {"moe_intermediate_size": {}},
+    {"quantization_config": [1]}, {"quantization_config": "fp8"}, {"model_type": "mistral", "sliding_window": "x"},
 ]  # fmt: skip
 
 
