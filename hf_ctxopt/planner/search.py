@@ -8,6 +8,8 @@ from typing import Any
 
 from ..caches.options import check_int
 from ..errors import ConfigError, DoesNotFitError
+from ..weights.mixes import MIXES
+from ..weights.others import OTHERS
 from .cards import card_for
 from .facts import ModelFacts, facts_of
 from .fit import Choice, Task
@@ -19,7 +21,7 @@ from .outcome import milliseconds, plan_of, refusal
 from .plan import Plan
 from .profiles import MOST
 from .remedies import rejections
-from .schemes import LOADED
+from .schemes import LOADED, PLAIN
 from .valid import GOALS
 
 USUAL_CONTEXT = 8192
@@ -95,12 +97,16 @@ def plan(
 
 def _schemes(facts: ModelFacts, weights: str | Sequence[str] | None) -> str | Sequence[str] | None:
     """What there is to choose from: a checkpoint's own scheme; of a `.gguf` file, also those that give up more."""
-    if facts.stored is None:
+    named = (weights,) if isinstance(weights, str) else weights if isinstance(weights, Sequence) else ()
+    gguf = facts.stored is not None and facts.repackable
+    if (gguf or facts.unpacked is not None) and any(OTHERS[name].pack is None for name in named if name in OTHERS):
+        able = (PLAIN, *MIXES, *(name for name, row in OTHERS.items() if row.pack is not None))
+        raise ConfigError("weights", weights, f"of {', '.join(able)}: {facts.name} is unpacked, and packed in memory")
+    if facts.stored is None or (gguf and weights is not None):
         return weights
-    if facts.repackable:
-        return (facts.stored, *worse(facts.stored)) if weights is None else weights
-    named = (facts.stored,) if weights is None else (weights,) if isinstance(weights, str) else tuple(weights)
-    if facts.stored not in named:
+    if gguf:
+        return (facts.stored, *worse(facts.stored))
+    if weights is not None and facts.stored not in named:
         raise ConfigError("weights", weights, f"{facts.stored}: {facts.name} is packed so already")
     return facts.stored
 

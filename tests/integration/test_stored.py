@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -70,8 +71,11 @@ def test_fp8_is_packed_by_nothing_that_packs_while_loading(
     for room in (load, packing):
         monkeypatch.setattr(room, "check_other", lambda name, device: None)  # as if the packages were there
     monkeypatch.setattr(load, "loading_config", lambda *args: object())
+    with pytest.raises(ConfigError, match="packed in memory"):
+        hf_ctxopt.plan(fp8[0], vram="4GiB", weights=["bf16", "int8"])
+    assert hf_ctxopt.plan(fp8[0], vram="4GiB", weights="hqq4").weights == "hqq4"
     with pytest.raises(ConfigError, match="unpacked first"):
-        hf_ctxopt.load(hf_ctxopt.plan(fp8[0], vram="4GiB", weights="int8"), "cpu")
+        hf_ctxopt.load(replace(hf_ctxopt.plan(fp8[0], vram="4GiB"), weights="int8"), "cpu")
 
 
 @pytest.mark.parametrize(
