@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import product
 from typing import Any
 
 from ..caches.options import check_int
@@ -15,7 +14,7 @@ from .facts import ModelFacts, facts_of
 from .fit import Choice, Task
 from .footprint import chunks_for
 from .hardware import bytes_of
-from .ladder import Rung, halves, ladder, worse
+from .ladder import Rung, ladder, worse
 from .needs import ERROR, Needs, described
 from .outcome import milliseconds, plan_of, refusal
 from .plan import Plan
@@ -216,19 +215,15 @@ class _Search:
         return None if found is None else (found, least)
 
     def _shorter(self, least: int) -> tuple[Choice, int] | None:
-        """The choice that holds most of the context, if that is enough to be of use, and its tokens.
+        """The choice that holds most of the context, the card alone where others hold no more, and its tokens.
 
-        The card alone is taken for its speed where it holds as many halves of the context as can be held at all, and
-        is then filled. What else holds them gets exactly these, so that a larger card never gets fewer tokens.
+        Chunks too short to be read fast are for the fewest tokens that are of use, which no larger card falls below.
         """
-        for tokens in halves(self.wanted, least):
-            for host, chunk in product(self._hosts(), (SHORTER_CHUNK, chunks_for(self.task.card.vram)[-1])):
-                choices = [Choice(self.task, rung, chunk, host) for rung in self.fine]
-                able = [choice for choice in choices if choice.missing(tokens) <= 0]
-                if able:
-                    most = max(able, key=lambda choice: choice.capacity or 0)
-                    filled = not host and chunk == SHORTER_CHUNK
-                    return most, int(most.capacity or 0) if filled else tokens
+        for chunk in (SHORTER_CHUNK, chunks_for(self.task.card.vram)[-1]):
+            choices = [Choice(self.task, rung, chunk, host) for host in self._hosts() for rung in self.fine]
+            most = max(choices, key=lambda choice: choice.capacity or 0)
+            if most.missing(least) <= 0:
+                return most, int(most.capacity or 0) if chunk == SHORTER_CHUNK else least
         return None
 
     def _enough(self, limit: int | None) -> int | None:
@@ -272,16 +267,14 @@ class _Search:
         return self._plan(found, self.wanted)
 
     def _narrower(self, most: int) -> Choice | None:
-        """The choice with most of the window, by the rule of `_shorter`: all that costs less has been spent."""
-        for tokens in halves(most, min(LEAST_WINDOW, most)):
-            if self.needs is not None and not self.needs.holds(tokens):
-                return None
-            for host in self._hosts():
-                choices = [Choice(self.task, rung, WINDOW_CHUNK, host, SINKS, most) for rung in self.fine]
-                best = max(choices, key=Choice.largest_window)
-                if (window := best.largest_window()) >= tokens:
-                    return self._try(best.rung, self.wanted, host, tokens if host else min(window, most))
-        return None
+        """The choice with most of the window, the card alone where others have no more: what costs less is spent."""
+        rungs = [(rung, host) for host in self._hosts() for rung in self.fine]
+        choices = [Choice(self.task, rung, WINDOW_CHUNK, host, SINKS, most) for rung, host in rungs]
+        best = max(choices, key=Choice.largest_window)
+        window = min(best.largest_window(), most)
+        if window < min(LEAST_WINDOW, most) or (self.needs is not None and not self.needs.holds(window)):
+            return None
+        return self._try(best.rung, self.wanted, best.host, window)
 
     def _hosts(self) -> list[tuple[str, ...]]:
         """Parts of the model that may go to the host, the card for all of them first."""
