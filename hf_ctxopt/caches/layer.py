@@ -17,6 +17,7 @@ from ..pages.carry_out import carry_out, prepare
 from ..pages.group import LayerGroup
 from ..pages.integrity import check
 from ..pages.plan import StepPlan
+from .arriving import fitting
 from .context import CacheContext, NotReplayable, debugging
 from .decode import DecodeState
 from .handle import KVHandle
@@ -105,10 +106,12 @@ class PageLayer(CacheLayerMixin):
 
         Raises:
             CacheFullError: the budget has no room.
+            ConfigError: the states do not fit the pages (see `arriving.py`), or the batch is another one.
             UnsupportedModelError: tokens would have to be evicted and the model does not allow it.
             InterruptedStepError: an earlier forward pass stopped between two layers.
         """
         group = self.group
+        key_states, value_states = fitting(key_states, value_states, group.storages.get(self.index), self.index)
         if self.context.planned:
             return self._planned(key_states, value_states)
         if group.begins(self.index):
