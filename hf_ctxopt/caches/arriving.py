@@ -26,10 +26,11 @@ def fitting(keys: Tensor, values: Tensor, storage: LayerStorage | None, layer: i
     Raises:
         ConfigError: other heads, channels, dtype or device than the pages have, or keys and values of unequal length.
     """
-    if keys.shape[::2] != values.shape[::2]:
-        _refuse("value_states", tuple(values.shape), layer, f"as many rows and tokens as keys, {tuple(keys.shape)}")
+    shape, other = keys.shape, values.shape
+    if shape[0] != other[0] or shape[2] != other[2]:
+        _refuse("value_states", tuple(other), layer, f"as many rows and tokens as keys, {tuple(shape)}")
     kind = keys.device.type
-    if torch.is_autocast_enabled(kind) and keys.is_floating_point():
+    if torch.is_autocast_enabled(kind) and keys.dtype != torch.float64:  # which autocast leaves alone
         dtype = torch.get_autocast_dtype(kind)
         keys = keys.to(dtype if storage is None else storage.keys.dtype)
         values = values.to(dtype if storage is None else storage.values.dtype)

@@ -40,6 +40,15 @@ def test_autocast(name: str, route: str, kv_bits: int) -> None:
     assert {storage.keys.dtype, storage.values.dtype} == {torch.bfloat16}
 
 
+@pytest.mark.parametrize("route", ["dense", "fused"])
+def test_autocast_leaves_float64_alone(route: str) -> None:
+    model = build("llama").double()
+    with _autocast(), routed(route, model, "ctx_paged"):
+        got = feed(model, IDS, hf_ctxopt.make_cache(model, "ctx_paged"), 1, prefill=9)
+    expected = feed(model, IDS, transformers.DynamicCache(config=model.config), 1, prefill=9)
+    torch.testing.assert_close(got, expected, atol=1e-6, rtol=0)
+
+
 @pytest.mark.parametrize("kv_bits", [16, 8])
 @pytest.mark.parametrize("route", ["dense", "fused"])
 def test_a_step_outside_autocast_after_one_inside_is_refused(route: str, kv_bits: int) -> None:
