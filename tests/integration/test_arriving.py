@@ -49,6 +49,17 @@ def test_autocast_leaves_float64_alone(route: str) -> None:
     torch.testing.assert_close(got, expected, atol=1e-6, rtol=0)
 
 
+def test_a_prefix_store_does_not_mix_states_from_inside_autocast_with_others() -> None:
+    model, options = build("llama"), {"store": "autocast", "page_size": 4}
+    try:
+        settings = {"max_new_tokens": 2, "cache_implementation": "ctx_prefix", "cache_config": options}
+        model.generate(IDS, **settings)
+        with _autocast(), pytest.raises(ConfigError, match=r"store='autocast'.*layout"):
+            model.generate(IDS, **settings)
+    finally:
+        hf_ctxopt.drop_store("autocast")
+
+
 @pytest.mark.parametrize("kv_bits", [16, 8])
 @pytest.mark.parametrize("route", ["dense", "fused"])
 def test_a_step_outside_autocast_after_one_inside_is_refused(route: str, kv_bits: int) -> None:
