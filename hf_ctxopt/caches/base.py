@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 import torch
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import LinearAttentionCacheLayerMixin as StatefulLayer
 
 from ..errors import ConfigError, InterruptedStepError, UnsupportedModelError
 from ..kernels.rotate import RotaryFacts
@@ -152,8 +153,15 @@ class PageCache(DynamicCache, ABC):
         """Take back a forward pass that stopped between two layers (an exception, an interrupt), if there was one.
 
         Raises:
-            InterruptedStepError: it had evicted tokens it would have to bring back; `reset()` and feed the text again.
+            InterruptedStepError: it had evicted tokens it would have to bring back, or layers that keep no pages have
+                gone through it; `reset()` and feed the text again.
         """
+        others = self._stateful()
+        if others and any(group.plan is not None for group in self.groups):
+            raise InterruptedStepError(
+                f"an earlier forward pass stopped between two layers, and what {others[0]} has seen of it cannot be "
+                "taken back; call cache.reset() and feed the text again"
+            )
         seen = min(group.settle() for group in self.groups)
         ahead = [group for group in self.groups if group.seen > seen]
         for group in ahead:
@@ -208,7 +216,8 @@ class PageCache(DynamicCache, ABC):
         """Take the last `-tokens_to_remove` tokens back, in all layers or, if that is impossible, in none.
 
         Raises:
-            ConfigError: a positive number, or a token the shorter text needs was evicted.
+            ConfigError: a positive number, a token the shorter text needs was evicted, or a layer without pages keeps
+                a state that cannot go back.
             InterruptedStepError: the last forward pass stopped between two layers, which only `settle()` can undo.
         """
         count = int(tokens_to_remove)  # transformers 5.17 passes a tensor
@@ -217,7 +226,17 @@ class PageCache(DynamicCache, ABC):
             raise InterruptedStepError("the last forward pass stopped between two layers; call cache.settle() first")
         for group in self.groups:
             group.check_crop(-count)
+        others = [layer for layer in self._stateful() if not (layer.record_past and layer.is_croppable)]
+        if count and others:
+            raise ConfigError(
+                "tokens_to_remove", count, f"0: the state of {others[0]} cannot go back; where it is a convolution's "
+                "alone it can, after activate_past_recording() before the forward pass that is to be taken back",
+            )  # fmt: skip
         super().crop(count)
+
+    def _stateful(self) -> list[Any]:
+        """Layers that keep a state of the text so far in no pages: linear attention, convolutions."""
+        return [layer for layer in self.layers if isinstance(layer, StatefulLayer)]
 
     def __repr__(self) -> str:
         held = ", ".join(f"{len(g.layers)} layers: {g.policy}" for g in self.groups)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
-from ..errors import ConfigError, InterruptedStepError
+from ..errors import ConfigError, InterruptedStepError, UnsupportedModelError
 from ..kernels.dispatch import decode_kernels
 from ..kernels.rotate import RotaryFacts
 from ..pages.admission import admit
@@ -17,6 +17,7 @@ from ..pages.carry_out import carry_out, prepare
 from ..pages.group import LayerGroup
 from ..pages.integrity import check
 from ..pages.plan import StepPlan
+from .arriving import fitting
 from .context import CacheContext, NotReplayable, debugging
 from .decode import DecodeState
 from .handle import KVHandle
@@ -46,11 +47,26 @@ class PageLayer(CacheLayerMixin):
         self, group: LayerGroup, index: int, context: CacheContext, facts: RotaryFacts | None,
         is_sliding: bool, own_window: bool = False,
     ) -> None:  # fmt: skip
-        super().__init__()  # type: ignore[no-untyped-call]
+        # Not the base class's __init__, whose tensors pages take the place of.
+        self.is_initialized = False
         self.group, self.index, self.context = group, index, context
         if group not in context.groups:
             context.groups.append(group)
         self.facts, self.is_sliding, self.own_window = facts, is_sliding, own_window
+
+    @property
+    def keys(self) -> Any:  # type: ignore[override]
+        """Nothing to read or to write: `None` would let models that try go on and be wrong (see `readers.py`).
+
+        Raises:
+            UnsupportedModelError: always.
+        """
+        raise UnsupportedModelError(
+            f"layer {self.index} keeps its states in pages; code that reads or changes layer.keys and layer.values of "
+            "its cache needs one of transformers' own caches"
+        )
+
+    values = keys
 
     @property
     def _leads(self) -> bool:
@@ -90,10 +106,12 @@ class PageLayer(CacheLayerMixin):
 
         Raises:
             CacheFullError: the budget has no room.
+            ConfigError: the states do not fit the pages (see `arriving.py`), or the batch is another one.
             UnsupportedModelError: tokens would have to be evicted and the model does not allow it.
             InterruptedStepError: an earlier forward pass stopped between two layers.
         """
         group = self.group
+        key_states, value_states = fitting(key_states, value_states, group.storages.get(self.index), self.index)
         if self.context.planned:
             return self._planned(key_states, value_states)
         if group.begins(self.index):

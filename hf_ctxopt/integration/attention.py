@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from ..caches.handle import KVHandle
+from ..kernels.precision import without_autocast
 from ..kernels.sdpa import without_cudnn
 from .mask import LazyMask
 
@@ -49,7 +50,8 @@ def ctxopt_attention(
         return stock_attention(module, query, *dense, attention_mask, scaling, dropout, kwargs)
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     mask = attention_mask if isinstance(attention_mask, LazyMask) else None
-    out = key.view.attend(query, mask, scale, kwargs.get("softcap"), kwargs.get("s_aux"))
+    with without_autocast(query.device):  # torch's own functions would cast the query to what the pages hold as well
+        out = key.view.attend(query.to(key.dtype), mask, scale, kwargs.get("softcap"), kwargs.get("s_aux"))
     return out.transpose(1, 2).contiguous(), None
 
 

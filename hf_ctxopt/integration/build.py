@@ -14,6 +14,7 @@ from ..caches.base import PageCache
 from ..caches.options import PageOptions, PrefixOptions, PriorityOptions, SinkOptions
 from ..caches.prefix import PrefixCache
 from ..errors import ConfigError, UnsupportedModelError
+from ..readers import check_reads
 from .compat import check_caches
 from .fingerprint import place_of
 from .positions import PositionGuard, padding_of
@@ -34,7 +35,7 @@ def make_cache(model: nn.Module, name: str, *, attention_mask: Tensor | None = N
 
     Raises:
         ConfigError: an unknown name or option, or a value out of range.
-        UnsupportedModelError: the model has no attention layer that pages can hold.
+        UnsupportedModelError: the model has no attention layer that pages can hold, or reads its layers itself.
     """
     parsed, inner = parse_options(name, options), unwrap(model)
     if not isinstance(inner, PreTrainedModel):
@@ -77,10 +78,12 @@ def build_cache(
         expected: text length the call is expected to reach at most; `None` if unknown.
 
     Raises:
-        UnsupportedModelError: the call would evict tokens and the model does not allow that.
+        UnsupportedModelError: the call would evict tokens and the model does not allow that, or the model needs other
+            caches.
     """
     check_caches(transformers.cache_utils)
     config: Any = model.config
+    check_reads(config)
     if isinstance(options, PrefixOptions):
         return PrefixCache(config, options, pads=pads, expected=expected, place=place_of(model))
     if not isinstance(options, SinkOptions | PriorityOptions):

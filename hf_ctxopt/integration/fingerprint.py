@@ -54,9 +54,11 @@ def _of_weights(model: nn.Module) -> str:
 
 
 def place_of(model: nn.Module) -> tuple[str, tuple[str, ...]]:
-    """Dtype and devices of a model: pages of one place are not interchangeable with those of another."""
+    """Dtype, `torch.autocast`'s too, and devices of a model: pages of two places are not interchangeable."""
     devices = sorted({str(tensor.device) for _, tensor in _weights(model)})
-    return str(getattr(model, "dtype", None)), tuple(devices)
+    kinds = sorted({torch.device(device).type for device in devices})
+    cast = [f" autocast {torch.get_autocast_dtype(kind)}" for kind in kinds if torch.is_autocast_enabled(kind)]
+    return "".join([str(getattr(model, "dtype", None)), *cast]), tuple(devices)
 
 
 def _weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

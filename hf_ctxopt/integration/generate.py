@@ -15,6 +15,7 @@ from ..caches.base import PageCache, attention_cache
 from ..caches.options import PageOptions
 from ..caches.prefix import PrefixCache
 from ..errors import ConfigError, UnsupportedModelError
+from ..readers import check_reads
 from .build import Evicting, build_cache, check_holes, parse_options
 from .chunking import chunk_size
 from .compat import generate_argument
@@ -81,6 +82,7 @@ def _new(
 ) -> Any:
     if not model._supports_default_dynamic_cache():
         raise UnsupportedModelError(f"{type(model).__name__} brings its own kind of cache; {name} cannot replace it")
+    check_reads(model.config, bool(generation_config.return_dict_in_generate))
     encoder_decoder = model.config.is_encoder_decoder
     mask = model_kwargs.get("decoder_attention_mask" if encoder_decoder else "attention_mask")
     cache = build_cache(model, name, options, padding_of(mask), expected)

@@ -65,6 +65,8 @@ def read_step(cache: PageCache, given: dict[str, Any]) -> Step | str:
     ids: Tensor = given["input_ids"]
     if torch.is_grad_enabled():
         return "gradients are on"
+    if torch.is_autocast_enabled(ids.device.type):
+        return "torch.autocast is on"  # its copies of the weights are gone when it ends
     extra = []
     for name, value in given.items():
         if name in ("input_ids", "attention_mask", "position_ids", *CACHE_NAMES, *_ONE_TOKEN) or value is None:

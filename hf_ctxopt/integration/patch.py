@@ -14,6 +14,7 @@ from transformers.modeling_utils import PreTrainedModel
 from ..caches.context import ATTENTION
 from ..errors import ConfigError, UnsupportedModelError
 from ..planner.plan import Plan
+from ..readers import check_reads
 from .build import parse_options, unwrap
 from .decode_graph import DecodeGraph
 from .offload import check_parts, from_host, parse_parts, to_host
@@ -56,7 +57,8 @@ def patch_model(
         ConfigError: an unknown cache or option, a value out of range, the plan of another model, or weights that are
             packed only while loading.
         CtxoptError: a package that `weights` needs is missing.
-        UnsupportedModelError: not a transformers model that generates, or it has no such matrix.
+        UnsupportedModelError: not a transformers model that generates, one that reads its cache's layers itself, or it
+            has no such matrix.
     """
     for name, flag in (("graph", graph), ("compile", compile)):
         if not isinstance(flag, bool):
@@ -72,6 +74,7 @@ def patch_model(
         chosen = settings_of(plan)
     if not isinstance(inner, PreTrainedModel) or not inner.can_generate():
         raise UnsupportedModelError(f"{type(inner).__name__} is not a transformers model with generate()")
+    check_reads(inner.config)
     if weights is not None and check_in_memory(inner, weights):
         check_parts(inner, parts)
         pack_in_memory(inner, weights)

@@ -98,8 +98,9 @@ class Codec:
         scale = step.clamp(_LEAST_SCALE, limit).to(torch.float16)
         codes = ((wide - zero.float()) / scale.float()).round_().clamp_(0, 2**self.bits - 1).to(torch.uint8)
         axis = -2 if self.over_tokens else -1
-        scales = torch.stack([scale.squeeze(axis), zero.squeeze(axis)], dim=-2)
-        return self._pack(codes), scales
+        # Stacked in float32, which holds them exactly: torch.autocast on a CPU knows no float16 beside bfloat16.
+        scales = torch.stack([scale.float().squeeze(axis), zero.float().squeeze(axis)], dim=-2)
+        return self._pack(codes), scales.to(torch.float16)
 
     def _pack(self, codes: Tensor) -> Tensor:
         first, *rest = codes.chunk(self.planes, dim=-1)

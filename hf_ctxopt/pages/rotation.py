@@ -13,6 +13,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from ..kernels.precision import without_autocast
+
 _SEED = 0x5EED
 
 
@@ -33,4 +35,5 @@ def rotation_matrix(size: int, device: torch.device, dtype: torch.dtype) -> Tens
 def rotate_channels(states: Tensor, back: bool = False) -> Tensor:
     """`states` `(..., head_dim)` in the turned basis, or from it `back` to the model's."""
     matrix = rotation_matrix(states.shape[-1], states.device, states.dtype)
-    return states @ (matrix.T if back else matrix)
+    with without_autocast(states.device):
+        return states @ (matrix.T if back else matrix)

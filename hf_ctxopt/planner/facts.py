@@ -12,6 +12,7 @@ from typing import Any
 
 from ..errors import ConfigError, UnsupportedModelError
 from ..layerwise import largest, layer_value, layer_values
+from ..readers import check_reads
 from ..weights.linear import GgufLinear
 from ..weights.mixes import Shape
 from ..weights.roles import Role, layer_of, role
@@ -177,6 +178,7 @@ def _facts(config: Any, model: Any, source: str | None, stored: str | None = Non
     text = config.get_text_config(decoder=True)
     if getattr(config, "is_encoder_decoder", False):
         raise UnsupportedModelError(f"{config.model_type}: encoder-decoder models cannot be planned for")
+    check_reads(config)
     if rank := largest(text, "kv_lora_rank"):
         raise UnsupportedModelError(
             f"{text.model_type}: multi-head latent attention stores compressed states (kv_lora_rank="

@@ -15,7 +15,7 @@ import transformers
 from torch import nn
 
 import hf_ctxopt
-from hf_ctxopt import ConfigError, UnsupportedModelError
+from hf_ctxopt import ConfigError, InterruptedStepError, UnsupportedModelError
 from hf_ctxopt.integration import rope
 from tests.families import VOCAB, build
 from tests.feeding import feed, pad_left
@@ -228,11 +228,7 @@ def test_models_without_attention(name: str, forwards: list[str]) -> None:
 @pytest.mark.parametrize("name", ["ctx_paged", "ctx_sink"])
 def test_layers_without_attention_keep_their_own_state(name: str) -> None:
     """LFM2 mixes short convolutions with attention: pages hold the attention layers only."""
-    config = transformers.Lfm2Config(
-        vocab_size=VOCAB, hidden_size=32, intermediate_size=32, num_hidden_layers=3, num_attention_heads=2,
-        num_key_value_heads=1, layer_types=["conv", "full_attention", "conv"], eos_token_id=None, pad_token_id=0,
-    )  # fmt: skip
-    model = transformers.Lfm2ForCausalLM(config).eval()
+    model = _lfm2(["conv", "full_attention", "conv"])
     expected = _generate(model, None)
     for patch in (False, True):
         if patch:
@@ -279,3 +275,44 @@ def test_context_shift_of_ragged_rows(ragged: bool, forwards: list[str]) -> None
         for row, got in zip(rows, together, strict=True):
             alone = _generate(model, None, ids=row[None]).sequences
             assert torch.equal(got[-12:], alone[0, -12:])
+
+
+# ---- layers with a state of their own
+
+
+def _lfm2(kinds: list[str]) -> nn.Module:
+    config = transformers.Lfm2Config(
+        vocab_size=VOCAB, hidden_size=32, intermediate_size=32, num_hidden_layers=3, num_attention_heads=2,
+        num_key_value_heads=1, layer_types=kinds, eos_token_id=None, pad_token_id=0,
+    )  # fmt: skip
+    return transformers.Lfm2ForCausalLM(config).eval()
+
+
+def test_a_crop_that_a_convolution_cannot_follow_changes_nothing() -> None:
+    model = _lfm2(["full_attention", "conv", "full_attention"])
+    expected = feed(model, IDS, transformers.DynamicCache(config=model.config), 1, prefill=9)
+    cache = hf_ctxopt.make_cache(model, "ctx_paged", page_size=4)
+    feed(model, IDS[:, :9], cache, 9)
+    with pytest.raises(ConfigError, match=r"tokens_to_remove=-2.*LinearAttention.*activate_past_recording"):
+        cache.crop(-2)
+    torch.testing.assert_close(feed(model, IDS[:, 9:12], cache, 1), expected[:, 9:12], atol=1e-4, rtol=0)
+    cache.layers[1].activate_past_recording()
+    feed(model, IDS.flip(1)[:, :3], cache, 3)
+    cache.crop(-3)
+    torch.testing.assert_close(feed(model, IDS[:, 12:], cache, 1), expected[:, 12:], atol=1e-4, rtol=0)
+
+
+def test_a_step_that_a_convolution_has_seen_is_not_settled(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = _lfm2(["full_attention", "conv", "full_attention"])
+    cache = hf_ctxopt.make_cache(model, "ctx_paged", page_size=4)
+    expected = feed(model, IDS, cache, 20)
+    cache.settle()
+    with monkeypatch.context() as patch:
+        patch.setattr(model.model.layers[2], "forward", lambda *_, **__: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            feed(model, IDS[:, :1], cache, 1)
+    for _ in range(2):
+        with pytest.raises(InterruptedStepError, match=r"LinearAttention.*reset"):
+            cache.settle()
+    cache.reset()
+    assert torch.equal(feed(model, IDS, cache, 20), expected)
