@@ -19,6 +19,7 @@ from .experts import GgufExperts, experts_part
 from .linear import GgufEmbedding, GgufLinear
 from .merging import guard_merging
 from .selection import replacement, types_of
+from .told import tell
 
 logger = logging.getLogger(__name__)
 
@@ -83,6 +84,7 @@ def quantize_(
         config = _together(before, config)
     model.config.quantization_config = config
     mark_dtype(model, dtype)
+    tell(model)
     _announce(model, config)
     return model
 

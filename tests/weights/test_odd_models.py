@@ -17,6 +17,8 @@ from transformers import (
     BloomForCausalLM,
     FalconConfig,
     FalconForCausalLM,
+    FalconMambaConfig,
+    FalconMambaForCausalLM,
     FSMTConfig,
     FSMTForConditionalGeneration,
     Gemma4Config,
@@ -27,9 +29,14 @@ from transformers import (
     MambaForCausalLM,
     ProphetNetConfig,
     ProphetNetForConditionalGeneration,
+    RobertaPreLayerNormConfig,
+    RobertaPreLayerNormForCausalLM,
+    RwkvConfig,
+    RwkvForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
 )
+from transformers.models.bart.modeling_bart import BartScaledWordEmbedding
 from transformers.pytorch_utils import Conv1D
 
 import hf_ctxopt
@@ -39,7 +46,8 @@ from hf_ctxopt.weights.dtype_mark import mark_dtype
 from hf_ctxopt.weights.gguf_load import load_gguf
 from hf_ctxopt.weights.linear import GgufEmbedding, GgufLinear
 from hf_ctxopt.weights.matmul import gguf_matmul
-from hf_ctxopt.weights.selection import Choice, types_of
+from hf_ctxopt.weights.roles import kept
+from hf_ctxopt.weights.selection import Choice, is_embedding, replacement, types_of
 from hf_ctxopt.weights.sizes import weights_of
 from tests.weights.test_gguf_names import SMALL, write
 
@@ -115,6 +123,14 @@ def gemma4(own_embeddings: int = 32) -> Gemma4ForConditionalGeneration:
     return spread(Gemma4ForConditionalGeneration(config))
 
 
+def rwkv() -> RwkvForCausalLM:
+    torch.manual_seed(0)
+    config = RwkvConfig(
+        vocab_size=128, context_length=32, hidden_size=64, num_hidden_layers=2, rescale_every=1
+    )  # fmt: skip
+    return spread(RwkvForCausalLM(config))
+
+
 def bloom(exact: bool) -> BloomForCausalLM:
     torch.manual_seed(0)
     return spread(
@@ -186,6 +202,66 @@ def test_a_weight_that_the_model_s_code_takes_past_its_layer_stays_dense(build: 
     assert types
     assert not any(name.endswith(left) for name in types)
     as_decoded(model, dense)
+
+
+def test_a_weight_that_is_changed_in_a_loop_over_the_blocks_stays_dense() -> None:
+    """RWKV divides the outputs of its later blocks, in place, at the first step."""
+    model = rwkv()
+    dense = copy.deepcopy(model)
+    hf_ctxopt.quantize_(model, "Q8_0")
+    block = model.rwkv.blocks[1]
+    assert type(block.attention.output) is type(block.feed_forward.value) is nn.Linear
+    assert isinstance(block.attention.key, GgufLinear)
+    as_decoded(model, dense)
+
+
+def test_a_model_named_after_its_norms_is_packed() -> None:
+    config = RobertaPreLayerNormConfig(
+        vocab_size=128, hidden_size=64, num_hidden_layers=1, num_attention_heads=4, intermediate_size=64,
+        max_position_embeddings=64, is_decoder=True,
+    )  # fmt: skip
+    types = types_of(RobertaPreLayerNormForCausalLM(config), Choice("Q8_0"))
+    assert "roberta_prelayernorm.encoder.layer.0.attention.self.query" in types
+    assert kept("model.layers.0.input_layernorm.mlp.fc1")
+    assert kept("norm.weight")
+
+
+def test_an_embedding_that_does_more_stays_dense() -> None:
+    class Marked(nn.Embedding):  # T5Gemma 2's
+        embed_scale = 2.0
+
+        def __init__(self) -> None:
+            super().__init__(8, 32)
+            self.own = nn.Parameter(torch.zeros(32))
+
+    assert is_embedding(nn.Embedding(8, 32))
+    assert not is_embedding(Marked())
+    assert not is_embedding(nn.Embedding(8, 32, max_norm=1.0))
+
+
+def test_a_scale_is_rounded_only_where_the_model_rounds_it() -> None:
+    """BART's is a plain number; the root of 96 in bfloat16 is off by 0.02 %, and the last digit with it."""
+    layer = BartScaledWordEmbedding(64, 96, None, embed_scale=96**0.5).to(torch.bfloat16)
+    new = replacement(layer, "Q8_0", torch.bfloat16, packed=True)
+    new.weight = nn.Parameter(encode(layer.weight.detach(), "Q8_0"), requires_grad=False)
+    layer.weight.data = new.dequantize(torch.bfloat16)
+    ids = torch.arange(64)
+    assert torch.equal(new(ids), layer(ids))
+
+
+def test_a_mixer_multiplies_alike_however_it_was_packed(tmp_path: Path) -> None:
+    """FalconMamba's code takes another, rougher way where its config says that it is quantized."""
+    torch.manual_seed(0)
+    config = FalconMambaConfig(vocab_size=128, hidden_size=64, state_size=8, num_hidden_layers=1, time_step_rank=4)
+    spread(FalconMambaForCausalLM(config)).to(torch.bfloat16).save_pretrained(tmp_path)
+    kind = FalconMambaForCausalLM
+    model = kind.from_pretrained(tmp_path)
+    hf_ctxopt.quantize_(model, "Q8_0")
+    loaded = kind.from_pretrained(tmp_path, quantization_config=hf_ctxopt.GgufQuantConfig("Q8_0"))
+    assert torch.equal(loaded(IDS).logits, model(IDS).logits)
+    for one in (model, loaded):
+        assert one.config._is_quantized  # FlashAttention's casts ask
+        assert not hasattr(one.backbone.layers[0].mixer.config, "_is_quantized")
 
 
 def test_code_that_a_setting_turns_on_keeps_nothing_dense_while_it_is_off() -> None:
