@@ -139,7 +139,7 @@ def _load(spec: str, source: str, gguf_file: str | None, dtype: torch.dtype | st
     """Calls transformers' loaders; the caller shows one bar for all of it."""
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import cached_file
+    from transformers.utils.hub import cached_file
 
     from hf_ctxopt.weights.gguf_file import GgufFile
     from hf_ctxopt.weights.gguf_vocabulary import named_as_in
