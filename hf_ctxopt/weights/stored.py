@@ -19,6 +19,8 @@ def method_of(stored: Any) -> tuple[str | None, str | None]:
         return None, None
     values = stored if isinstance(stored, dict) else vars(stored)
     method = values.get("quant_method")
+    if method is None:
+        return None, None
     return str(getattr(method, "value", method)), values.get("mix") if method == METHOD else None
 
 
