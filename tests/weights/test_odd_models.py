@@ -84,8 +84,8 @@ def fsmt() -> FSMTForConditionalGeneration:
 
 
 def prophetnet() -> ProphetNetForConditionalGeneration:
-    renamed = {"encoder_layers": "num_encoder_layers", "decoder_layers": "num_decoder_layers", "d_model": "hidden_size",
-               "encoder_attention_heads": "num_encoder_attention_heads",
+    renamed = {"encoder_layers": "num_encoder_layers", "decoder_layers": "num_decoder_layers",
+               "d_model": "hidden_size", "encoder_attention_heads": "num_encoder_attention_heads",
                "decoder_attention_heads": "num_decoder_attention_heads"}  # fmt: skip
     return built(ProphetNetForConditionalGeneration, **{renamed.get(name, name): size for name, size in PAIR.items()})
 
