@@ -28,6 +28,7 @@ class GgufQuantizer(HfQuantizer):
     files: frozenset[str] = frozenset()  # what is loaded from; the loader's views of them are nobody else's
     dtype = torch.float32  # of the model, once it is being loaded
     loading: Any = None  # the model, while it is
+    refused: list[ConfigError]  # weights that could not be packed
 
     def _process_model_before_weight_loading(self, model: Any, checkpoint_files: Any = None, **kwargs: Any) -> None:
         config: Any = self.quantization_config
@@ -44,12 +45,14 @@ class GgufQuantizer(HfQuantizer):
         dtype = getattr(model.config, "dtype", None) or torch.get_default_dtype()
         expect_(model, config.types, dtype, packed=self.pre_quantized)
         self.dtype = dtype
-        self.loading = model
+        self.loading, self.refused = model, []
         model.config.quantization_config = config
         guard_merging()
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         self.loading = None
+        if self.refused:
+            raise self.refused[0]
         settle(model)
         mark_dtype(model, self.dtype)
         tell(model)

@@ -80,6 +80,16 @@ def test_a_new_head_is_drawn_only_where_it_stays_dense(tmp_path: Path) -> None:
     assert model(IDS).logits.isfinite().all()
 
 
+@pytest.mark.parametrize("value", [float("nan"), 1e6])
+def test_a_weight_that_cannot_be_packed_is_named_while_loading(value: float, tmp_path: Path) -> None:
+    model = tiny(False)
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[3, 4] = value
+    model.save_pretrained(tmp_path)
+    with pytest.raises(hf_ctxopt.ConfigError, match=r"layers\.1\.mlp\.up_proj"):
+        LlamaForCausalLM.from_pretrained(tmp_path, quantization_config=hf_ctxopt.GgufQuantConfig("Q8_0"))
+
+
 def test_weights_on_the_disk(tmp_path: Path) -> None:
     """Packed ones are read from there; dense ones are not packed on their way."""
     model = tiny(False)
