@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from .errors import ConfigError
+
 
 def layer_values(config: Any, name: str) -> list[Any]:
     """The values of an attribute: one for each layer where they may differ, else the only one; none if it is not set.
@@ -36,5 +38,11 @@ def layer_value(config: Any, name: str, layer: int) -> Any:
 
 
 def largest(config: Any, name: str) -> int:
-    """The largest number that a layer has; 0 if it is not set."""
-    return max((int(value) for value in layer_values(config, name) if value is not None), default=0)
+    """The largest number that a layer has; 0 if it is not set. Raises `ConfigError`: a layer has no whole number."""
+    values = [value for value in layer_values(config, name) if value is not None]
+    for value in values:
+        if not isinstance(value, int) and not (isinstance(value, float) and value.is_integer()):
+            raise ConfigError(
+                name, value, f"a whole number in the config of {getattr(config, 'model_type', 'a model')}"
+            )
+    return max(map(int, values), default=0)

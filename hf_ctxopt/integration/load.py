@@ -20,11 +20,19 @@ from ..weights.gguf_vocabulary import named_as_in
 from ..weights.mixes import MIXES
 from ..weights.others import OTHERS, check_other
 from ..weights.roles import NAMES, Role
+from ..weights.stored import stored_of, unpacking
 from .packing import check_scheme, loading_config, pack_loaded
 from .patch import patch_model
 from .register import register
 
-LOAD_ERRORS = (OSError, ValueError, KeyError, ImportError, RuntimeError)  # what transformers raises for bad models
+LOAD_ERRORS = (
+    OSError,
+    ValueError,
+    KeyError,
+    ImportError,
+    RuntimeError,
+    TypeError,
+)  # what transformers raises for bad models
 _READING = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token", "trust_remote_code")
 _PARTS = {"embedding": Role.EMBEDDING, "head": Role.HEAD}
 
@@ -50,7 +58,8 @@ def load(
 
     Raises:
         ConfigError: the plan is of a model in memory or of a config, which there is nothing to load of; a scheme that
-            does not run on the device, or that the checkpoint rules out.
+            does not run on the device, or that the checkpoint rules out; a `dtype` of other than two bytes;
+            a device that is not here.
         CtxoptError: a package that the scheme needs is missing; transformers cannot load it: the message is its first
             line.
         DoesNotFitError: of the planning.
@@ -58,6 +67,7 @@ def load(
     found = _plan(plan, device, weights)
     if found.weights == LOADED:
         raise ConfigError("plan.weights", LOADED, "a scheme to load with: this plan is of a model that is loaded")
+    _check_dtype(options)
     register()
     place = _place(found, device)
     if found.weights in OTHERS:
@@ -86,6 +96,18 @@ def _plan(plan: Any, device: Any, weights: str | None) -> Plan:
     return plan if isinstance(plan, Plan) else Plan.from_dict(plan)
 
 
+def _check_dtype(options: Mapping[str, Any]) -> None:
+    """Plans count two bytes for what is not packed and for keys and values."""
+    for name in ("dtype", "torch_dtype"):
+        given = options.get(name)
+        dtype = getattr(torch, given.removeprefix("torch."), None) if isinstance(given, str) else given
+        if given in (None, "auto"):
+            continue
+        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point or dtype.itemsize != 2:
+            allowed = "a dtype of two bytes, as plans count them; a model in another is planned for as it stands, by "
+            raise ConfigError(name, given, allowed + "patch_model(model)")
+
+
 def _hub(options: Mapping[str, Any]) -> dict[str, Any]:
     """The options that say where and how to read, which the config and the tokenizer need too."""
     return {name: options[name] for name in _READING if name in options}
@@ -99,10 +121,19 @@ def source_of(name: str) -> tuple[str, dict[str, Any]]:
 
 
 def _place(plan: Plan, device: Any) -> torch.device:
+    """Where the model is to run. Raises `ConfigError`: there is no such device here."""
+    try:
+        place = torch.device(plan.device if device is None else device)
+    except (RuntimeError, TypeError):  # the profile of a card, or no device at all
+        place = None
+    accelerator = torch.accelerator.current_accelerator()
+    count = 0 if accelerator is None else torch.accelerator.device_count()
+    kinds = {"cpu": 1} if accelerator is None else {"cpu": 1, accelerator.type: count}
+    if place is not None and (place.index or 0) < kinds.get(place.type, 0):
+        return place
     if device is not None:
-        return torch.device(device)
-    if plan.device == "cpu" or plan.device.split(":")[0] in ("cuda", "xpu", "mps"):
-        return torch.device(plan.device)
+        here = ", ".join(f"{kind}:{index}" for kind, number in kinds.items() for index in range(number))
+        raise ConfigError("device", device, f"one of {here}")
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -152,16 +183,20 @@ def _model(plan: Plan, source: str, options: dict[str, Any], place: torch.device
     options = {"dtype": _dtype(place), **options}
     kept = [_pattern(_PARTS[part]) for part in plan.on_host]
     from_gguf = "gguf_file" in options  # such a file is unpacked first, and then packed as planned
-    stored = None
+    stored, unpacked = None, False
     if from_gguf:
         options["config"] = gguf_config(GgufFile(Path(source) / options["gguf_file"]))
     else:
-        stored = getattr(AutoConfig.from_pretrained(source, **_hub(options)), "quantization_config", None)
+        own = AutoConfig.from_pretrained(source, **_hub(options))
+        stored = stored_of(own)
+        if unpacked := unpacking(own):
+            options["config"] = own
     ready = check_scheme(plan.weights, place.type, stored)
     config = None if ready else loading_config(plan.weights, kept, options["dtype"])
-    late = not ready and (from_gguf or config is None)
+    late = not ready and (from_gguf or unpacked or config is None)
     if late and config is not None and plan.weights not in MIXES:
-        raise ConfigError("plan.weights", plan.weights, f"one of {', '.join(MIXES)} for a .gguf file")
+        what = "a .gguf file" if from_gguf else "a checkpoint that is unpacked first"
+        raise ConfigError("plan.weights", plan.weights, f"one of {', '.join(MIXES)} for {what}")
     if config is not None and not late:
         options["quantization_config"] = config
     # Straight to the device where accelerate can do it; else through the host, whose memory then holds the model once.

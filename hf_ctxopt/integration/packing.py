@@ -11,7 +11,7 @@ from ..weights.config import METHOD, GgufQuantConfig
 from ..weights.in_memory import quantize_
 from ..weights.mixes import MIXES
 from ..weights.others import OTHERS, check_other, other
-from ..weights.stored import method_of, stored_scheme
+from ..weights.stored import DENSE, method_of
 from .chunking import compute_device
 
 
@@ -24,8 +24,8 @@ def check_scheme(weights: str, device: str, stored: Any) -> bool:
         stored: the `quantization_config` of the checkpoint's config, `None` for a dense one.
 
     Returns:
-        True where nothing is packed while loading: the checkpoint's weights are those asked for, or 16-bit ones are
-        and it holds none of another scheme.
+        True where nothing is packed while loading: the checkpoint's weights are those asked for, 16-bit ones too if
+        they are unpacked to these.
 
     Raises:
         ConfigError: an unknown scheme, one that does not run on the device, or a checkpoint that is packed otherwise.
@@ -36,9 +36,9 @@ def check_scheme(weights: str, device: str, stored: Any) -> bool:
     if weights in OTHERS:
         check_other(weights, device)
     method, mix = method_of(stored)
-    if weights == PLAIN and stored_scheme(stored) is None:
+    if weights == PLAIN and method in DENSE:
         return True
-    if method is None:
+    if method in DENSE:
         row = OTHERS.get(weights)
         if row is not None and row.make is None and row.pack is None:
             allowed = f"a scheme to pack with: this checkpoint is not packed, and {weights} ones are made elsewhere"

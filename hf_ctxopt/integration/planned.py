@@ -16,6 +16,7 @@ from ..planner.facts import facts_of
 from ..planner.footprint import KvLayout
 from ..planner.plan import Plan
 from ..planner.schemes import LOADED
+from ..planner.words import size
 from .build import parse_options
 from .chunking import compute_device
 
@@ -89,26 +90,48 @@ def _planned(model: nn.Module) -> Settings:
     return Settings(found.cache, parse_options(found.cache, options), None, (), found)
 
 
+_APART, _SMALL = 1.05, 1 << 20
+"""Weights may take so much more than planned: plans are held to 5 %, and buffers are not counted."""
+
+
 def check_model(model: Any, plan: Plan) -> None:
-    """Refuse the plan of another model, and warn where the weights are not stored as planned.
+    """Refuse the plan of another model, and of this one in fewer bytes than it has; warn where it is packed otherwise.
 
     Raises:
-        ConfigError: the pages of the model have another size than those that were planned.
+        ConfigError: the pages or the weights of the model take other bytes than those that were planned.
         UnsupportedModelError: its keys and values cannot be planned for.
     """
-    facts = facts_of(model)
-    # Planned from a config, a dtype of two bytes is assumed; the model may be loaded in another.
-    sizes = {
-        KvLayout(facts.groups, plan.kv_bits, item, page_size=plan.page_size).page_bytes for item in (facts.item, 2, 4)
-    }
-    if plan.page_bytes not in sizes:
+    facts, kind = facts_of(model), type(model).__name__
+    rows = max(plan.batch, plan.agents)
+    apart = plan.kv_budget - plan.page_budget
+    sizes, fitting = [], []
+    for item in sorted({facts.item, 2, 4}):  # planned from a config, two bytes are assumed
+        layout = KvLayout(facts.groups, plan.kv_bits, item, rows, plan.page_size, plan.sinks or 0, plan.window)
+        sizes.append(f"{layout.page_bytes:,} bytes and what does not grow {layout.fixed_bytes:,}")
+        if plan.page_bytes == layout.page_bytes and (not plan.pages or apart >= layout.fixed_bytes):
+            fitting.append(item)
+    if not fitting:
+        allowed = f"a plan of this {kind}: a page of it takes {' or '.join(dict.fromkeys(sizes))}, the plan's "
+        raise ConfigError("plan", plan.model, f"{allowed}{plan.page_bytes:,} and {apart:,}")
+    if max(fitting) < facts.item:
         raise ConfigError(
-            "plan", plan.model, f"a plan of this {type(model).__name__}: a page of it takes "
-            f"{' or '.join(f'{size:,}' for size in sorted(sizes))} bytes, the plan's {plan.page_bytes:,}",
+            "plan", plan.model, f"a plan of this {kind} in {model.dtype}: the plan's keys and values have "
+            f"{max(fitting)} bytes each, the model's {facts.item}; load the model in a dtype of {max(fitting)} bytes, "
+            "or plan for it as it stands: hf_ctxopt.plan(model)",
+        )  # fmt: skip
+    if plan.window is None and facts.trained is not None and plan.context > facts.trained:
+        allowed = f"a plan of this {kind}: it was trained on {facts.trained:,} tokens, the plan has {plan.context:,}"
+        raise ConfigError("plan", plan.model, allowed)
+    held = sum(facts.loaded or (0,))
+    counted = plan.bytes["weights"] + plan.bytes["embeddings"] + plan.host_bytes
+    if held > max(_APART * counted, counted + _SMALL):
+        raise ConfigError(
+            "plan", plan.model, f"a plan of this {kind} with the weights that it has: they take {size(held)}, those "
+            f"of the plan ({plan.weights}) {size(counted)}; hf_ctxopt.load(plan) loads them as planned",
         )  # fmt: skip
     packed = any(part.dim() > 1 and not part.is_floating_point() for part in model.parameters())
     if plan.weights != LOADED and packed != (plan.weights != "bf16"):
         logger.warning(
             "the plan is for %s weights, and those of this %s are %s: it may not fit as planned",
-            plan.weights, type(model).__name__, "packed" if packed else "not packed",
+            plan.weights, kind, "packed" if packed else "not packed",
         )  # fmt: skip

@@ -1,7 +1,8 @@
 """Attention of one sequence over stretches of keys and values: the torch reference.
 
-Keys and values are read where they lie, one view per stretch; they are never joined into one tensor. Scores
-and sums are float32. A GPU kernel that replaces this takes the same arguments and must give the same numbers.
+Keys and values are read where they lie, one view per stretch; they are joined into one tensor only where that takes
+less memory than scores would. Scores and sums are float32. A GPU kernel that replaces this takes the same arguments
+and must give the same numbers.
 """
 
 from __future__ import annotations
@@ -104,6 +105,8 @@ def attend(
         whole = _unpacked(query, segments)
         if whole is not None:
             return _fused(query.to(torch.float32), whole, visible, scaling, causal=False).to(query.dtype)
+    if plain and query.shape[1] > 1 and (joined := _joined(query, segments)) is not None:
+        return _fused(query, joined, visible, scaling, causal=False)
     blocks = []
     for start in range(0, query.shape[1], QUERY_BLOCK):
         stop = min(start + QUERY_BLOCK, query.shape[1])
@@ -131,6 +134,18 @@ def _unpacked(query: Tensor, segments: Sequence[Segment | SealedSegment]) -> Seg
         part.copy_to(keys[:, at], values[:, at])
         place += part.tokens
     return Segment(keys, values, 0)
+
+
+def _joined(query: Tensor, segments: Sequence[Segment | SealedSegment]) -> Segment | None:
+    """All segments of a chunk as one; `None` where scores of a block of queries take less memory."""
+    parts = [
+        part for part in segments if isinstance(part, Segment) and part.keys.dtype == part.values.dtype == query.dtype
+    ]
+    scores = query.shape[0] * min(query.shape[1], QUERY_BLOCK) * torch.float32.itemsize
+    states = parts[0].kv_heads * (query.shape[-1] + parts[0].value_dim) * query.dtype.itemsize if parts else 0
+    if len(parts) < len(segments) or states > scores:
+        return None
+    return Segment(torch.cat([part.keys for part in parts], 1), torch.cat([part.values for part in parts], 1), 0)
 
 
 def _fused(query: Tensor, segment: Segment, visible: Visible, scaling: float, causal: bool) -> Tensor:

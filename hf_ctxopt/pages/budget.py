@@ -53,7 +53,7 @@ def parse_bytes(text: str) -> int:
     Raises:
         ConfigError: the text is not a positive size.
     """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]I?)?B\s*", text, re.IGNORECASE)
+    match = re.fullmatch(r"\s*(\d{1,30}(?:\.\d+)?)\s*([KMG]I?)?B\s*", text, re.IGNORECASE | re.ASCII)
     size = int(float(match[1]) * _UNITS[(match[2] or "").upper()]) if match else 0
     if size < 1:
         raise ConfigError("budget", text, _ALLOWED)

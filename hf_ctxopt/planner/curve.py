@@ -24,7 +24,10 @@ def curve(model: Any, found: Plan, contexts: Iterable[int]) -> list[dict[str, in
         name=found.device, vram=found.vram, others=parts["others"], context=parts["cuda_context"],
         reserve=parts["reserve"], bandwidth=None, accelerator=bool(parts["graph"] or found.on_host),
     )  # fmt: skip
-    task = Task(facts=facts_of(model), card=card, batch=found.batch, agents=found.agents, page_size=found.page_size)
+    task = Task(
+        facts=facts_of(model), card=card, batch=found.batch, agents=found.agents, page_size=found.page_size,
+        kv_budget=found.kv_budget if parts["kv"] == found.kv_budget else None,  # one that was asked for counts whole
+    )  # fmt: skip
     rung = Rung(found.weights, found.kv_bits["k"], found.kv_bits["v"])
     choice = Choice(task, rung, found.chunk, found.on_host, found.sinks or 0, found.window)
     return [choice.parts(tokens) for tokens in contexts]

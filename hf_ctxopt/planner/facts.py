@@ -6,7 +6,7 @@ Read from a config, with the model on the meta device, or from a model as it sta
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,9 @@ from ..weights.linear import GgufLinear
 from ..weights.mixes import Shape
 from ..weights.roles import Role, layer_of, role
 from ..weights.sizes import meta_model, shape_of, weights_of
-from ..weights.stored import stored_scheme
+from ..weights.stored import DENSE, UNPACKED, method_of, stored_of, stored_scheme
 from .configs import broken, config_at, config_of, gguf_file, reason
+from .held import held_bytes, is_packed, item_of
 
 _LENGTHS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "n_ctx")
 """What configs call the trained length, in the order in which they are asked."""
@@ -76,7 +77,7 @@ class Matrix:
         return total
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)  # by identity: what is worked out of them is kept (`schemes.py`)
 class ModelFacts:
     """A model as the planner sees it.
 
@@ -94,8 +95,8 @@ class ModelFacts:
         loaded: bytes of (layers, embedding, head) of a model that is loaded, on its device; `None` for a config.
         packed: whether the weights of a loaded model are not plain matrices.
         foreign: whether they are packed, and other kernels than ours multiply with them.
-        stored: scheme that the checkpoint's weights are packed as; `None` for plain ones, a model, or a format that is
-            no scheme here, which counts as plain.
+        stored: scheme that the checkpoint's weights are packed as; `None` for plain ones or a model.
+        unpacked: method of a checkpoint that is unpacked to 16 bits while it loads (`weights/stored.py`).
         other_layers: layers with a state of their own kind (linear attention), which is not counted.
     """
 
@@ -117,6 +118,7 @@ class ModelFacts:
     packed: bool = False
     foreign: bool = False
     stored: str | None = None
+    unpacked: str | None = None
     other_layers: int = 0
 
     @property
@@ -140,13 +142,14 @@ def facts_of(model: Any) -> ModelFacts:
 
     Raises:
         ConfigError: there is no such model or config.
-        UnsupportedModelError: its keys and values are not those of attention heads that pages can hold.
+        UnsupportedModelError: its keys and values are not those of attention heads that pages can hold; or its
+            checkpoint is packed in a form whose bytes are not known here.
     """
     from torch import nn
 
     if isinstance(model, ModelFacts):
         return model
-    if isinstance(model, nn.Module):
+    if isinstance(model, nn.Module) and hasattr(getattr(model, "config", None), "get_text_config"):
         return _facts(model.config, model, None)
     source = None
     if isinstance(model, str | Path):
@@ -159,7 +162,15 @@ def facts_of(model: Any) -> ModelFacts:
         model = config_of(model)
     if not hasattr(model, "get_text_config"):
         raise ConfigError("model", type(model).__name__, "a transformers model or config, a dictionary or a path")
-    return _facts(model, None, source, stored_scheme(getattr(model, "quantization_config", None)))
+    stored = stored_of(model)
+    method, scheme = method_of(stored)[0], stored_scheme(stored)
+    if scheme is None and method not in DENSE:
+        raise UnsupportedModelError(
+            f"{model.model_type}: its checkpoint is stored as {method} in a form whose bytes are not known here; load "
+            "it, and plan for the model as it stands: patch_model(model)"
+        )
+    found = _facts(model, None, source, scheme)
+    return replace(found, unpacked=method) if method in UNPACKED else found
 
 
 def _facts(config: Any, model: Any, source: str | None, stored: str | None = None) -> ModelFacts:
@@ -186,13 +197,13 @@ def _facts(config: Any, model: Any, source: str | None, stored: str | None = Non
     hidden = largest(text, "hidden_size")
     inner = largest(text, "intermediate_size") or largest(text, "n_inner") or 4 * hidden
     narrow = largest(text, "moe_intermediate_size")
-    trained, packed = _trained(text), model is not None and _packed(model)
+    trained, packed = _trained(text), model is not None and is_packed(model)
     return ModelFacts(
         name=source or str(getattr(config, "_name_or_path", "") or config.model_type), source=source, groups=groups,
         matrices=_matrices(module), shape=shape_of(config), trained=trained, window_limit=_window_limit(text, trained),
         layers=int(text.num_hidden_layers), hidden=hidden, inner=max(inner, int(narrow * chosen)),
         heads=largest(text, "num_attention_heads"), vocab=int(text.vocab_size), active=min(1.0, chosen / experts),
-        item=2 if model is None else _item(model), loaded=None if model is None else _loaded(model),
+        item=2 if model is None else item_of(model), loaded=None if model is None else held_bytes(model),
         packed=packed, foreign=packed and not any(isinstance(part, GgufLinear) for part in model.modules()),
         stored=stored, other_layers=others,
     )  # fmt: skip
@@ -216,7 +227,13 @@ def _groups(text: Any, module: Any) -> tuple[tuple[LayerShape, ...], int]:
     """Layers of equal heads and windows together, as the cache will have them, and how many it does not page."""
     from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
-    stock = DynamicCache(config=text).layers or [DynamicLayer() for _ in range(int(text.num_hidden_layers))]
+    try:
+        stock = DynamicCache(config=text).layers or [DynamicLayer() for _ in range(int(text.num_hidden_layers))]
+        windows = [int(x.sliding_window) if type(x) is DynamicSlidingWindowLayer else None for x in stock]
+    except broken() as error:
+        raise UnsupportedModelError(
+            f"{text.model_type}: transformers makes no cache for it ({reason(error)})"
+        ) from error
     measured = _projections(_own_parts(module, {text.model_type, module.config.model_type}))
     counted: dict[tuple[int, int, int, int | None], int] = {}
     others = 0
@@ -224,8 +241,7 @@ def _groups(text: Any, module: Any) -> tuple[tuple[LayerShape, ...], int]:
         if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
             others += 1
             continue
-        window = int(layer.sliding_window) if type(layer) is DynamicSlidingWindowLayer else None
-        key = (*_heads(text, index, measured.get(index)), window)
+        key = (*_heads(text, index, measured.get(index)), windows[index])
         counted[key] = counted.get(key, 0) + 1
     if not counted:
         raise UnsupportedModelError(f"{text.model_type} has no attention layer whose keys and values pages can hold")
@@ -320,59 +336,3 @@ def _window_limit(text: Any, trained: int | None) -> int | None:
         if part.get("rope_type") in _LENGTH_SCALED
     ]
     return min([limit for limit in [*limits, trained or 0] if limit > 0], default=None)
-
-
-def _item(model: Any) -> int:
-    dtype = getattr(model, "dtype", None)
-    return int(dtype.itemsize) if dtype is not None and dtype.is_floating_point else 2
-
-
-def _packed(model: Any) -> bool:
-    """Whether a matrix is stored as integers."""
-    return any(part.dim() > 1 and not part.is_floating_point() for part in model.parameters())
-
-
-def _loaded(model: Any) -> tuple[int, int, int]:
-    """Bytes of the parameters and buffers on the model's device: layers, embedding, head; a tied matrix once."""
-    device = next(
-        (part.device for part in model.parameters() if part.device.type != "cpu"),
-        next(model.parameters()).device,
-    )
-    seen: dict[int, int] = {}
-
-    def count(parts: Any) -> int:
-        total = 0
-        for part in (held for whole in parts for held in _held(whole)):
-            storage = part.untyped_storage()
-            if part.device == device and storage.data_ptr() not in seen:
-                seen[storage.data_ptr()] = storage.nbytes()
-                total += storage.nbytes()
-        return total
-
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    first = count(embedding.parameters()) if embedding is not None else 0
-    last = count(head.parameters()) if head is not None else 0
-    return count([*model.parameters(), *model.buffers(), *_states(model)]), first, last
-
-
-def _held(part: Any) -> Iterator[Any]:
-    """The tensors that hold a parameter's bytes: those of quanto and torchao wrap several."""
-    if not hasattr(part, "__tensor_flatten__"):
-        yield part
-        return
-    for name in part.__tensor_flatten__()[0]:
-        yield from _held(getattr(part, name))
-
-
-def _states(model: Any) -> list[Any]:
-    """Scales that bitsandbytes and HQQ keep beside their packed weights."""
-    found = []
-    for part in model.parameters():
-        state = getattr(part, "quant_state", None)
-        nested = getattr(state, "state2", None)
-        found += [getattr(state, "absmax", None), getattr(nested, "absmax", None)]
-    for module in model.modules():
-        meta = getattr(module, "meta", None)
-        if isinstance(meta, dict):
-            found += [meta.get("scale"), meta.get("zero")]
-    return [part for part in found if hasattr(part, "untyped_storage")]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 
 from .facts import ModelFacts
@@ -11,7 +11,6 @@ from .ladder import Rung
 from .schemes import WeightBytes, weight_bytes
 
 ENDLESS = 1 << 40  # tokens
-_ROUNDS = 32  # each leaves a fraction of what was missing before it: that of one layer of all that grow
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,13 +129,23 @@ class Choice:
         }
 
     @cached_property
+    def _grown(self) -> int:
+        """Growing pages there is memory for, no more than the trained length or the budget has.
+
+        Each costs itself and its part in one layer again: while pages grow, one layer has old ones beside new ones.
+        """
+        task, layout = self.task, self.layout
+        longest = layout.needed(min(task.longest, ENDLESS))
+        if task.kv_budget is not None:
+            return max(0, min(longest, (task.kv_budget - layout.fixed_bytes) // layout.page_bytes))
+        free = task.card.vram - sum(self._beside.values()) - layout.fixed_bytes
+        fit = min((free - self._reading) // layout.page_bytes, free // (layout.page_bytes + layout.layer_page_bytes))
+        return max(0, min(longest, fit))
+
+    @property
     def activations(self) -> int:
         """Bytes that reading a prompt needs, or growing pages to all that fit: never both at once, so the larger."""
-        task, layout = self.task, self.layout
-        left = task.card.vram - sum(self._beside.values()) - self._reading
-        left = left if task.kv_budget is None else min(left, task.kv_budget)
-        pages = min(max(0, left - layout.fixed_bytes) // layout.page_bytes, layout.needed(min(task.longest, ENDLESS)))
-        return max(self._reading, pages * layout.layer_page_bytes)
+        return max(self._reading, self._grown * self.layout.layer_page_bytes)
 
     @cached_property
     def _reading(self) -> int:
@@ -151,8 +160,12 @@ class Choice:
 
     @property
     def room(self) -> int:
-        """Bytes of pages: those asked for, else those left."""
-        return self.left if self.task.kv_budget is None else self.task.kv_budget
+        """Bytes of pages: those asked for, else those left; not those of a page more than could be grown to."""
+        if self.task.kv_budget is not None:
+            return self.task.kv_budget
+        if self._grown == self.layout.needed(min(self.task.longest, ENDLESS)):
+            return self.left
+        return min(self.left, self.layout.fixed_bytes + (self._grown + 1) * self.layout.page_bytes - 1)
 
     @property
     def page_budget(self) -> int:
@@ -179,25 +192,18 @@ class Choice:
         return self.layout.fixed_bytes + self.layout.needed(tokens) * self.layout.page_bytes
 
     def missing(self, tokens: int) -> int:
-        """Bytes that are missing for `tokens` tokens of each sequence; 0 or less if they fit."""
-        short = self.kv_bytes(tokens) - self.room
-        return short if self.task.kv_budget is None else max(short, self.task.kv_budget - self.left)
+        """Bytes that are missing for `tokens` tokens of each sequence; 0 or less if they fit.
 
-    def shortfall(self, tokens: int) -> int:
-        """`missing`, and what more pages than fit now need to grow: with so many bytes more the tokens fit."""
-        short = self.missing(tokens)
-        if short <= 0 or (self.task.kv_budget is not None and self.kv_bytes(tokens) > self.task.kv_budget):
-            return short
-        for _ in range(_ROUNDS):
-            more = self.on(self.task.card.vram + short, self.task.card.reserve).missing(tokens)
-            if more <= 0:
-                break
-            short += more
-        return short
+        So many bytes more of memory do, or of `kv_budget` where that is too small for the tokens.
+        """
+        needed = self.kv_bytes(tokens)
+        if self.task.kv_budget is not None:
+            return max(needed - self.task.kv_budget, self.task.kv_budget - self.left)
+        return needed + self._active(tokens) + sum(self._beside.values()) - self.task.card.vram
 
-    def on(self, vram: int, reserve: int) -> Choice:
-        """The same settings on a card with so much memory."""
-        return replace(self, task=replace(self.task, card=replace(self.task.card, vram=vram, reserve=reserve)))
+    def _active(self, tokens: int) -> int:
+        """Bytes that reading a prompt needs, or growing pages to `tokens` tokens of each sequence."""
+        return max(self._reading, self.layout.needed(tokens) * self.layout.layer_page_bytes)
 
     def largest_window(self) -> int:
         """The longest window that fits, in whole pages; 0 if none does."""
@@ -208,9 +214,7 @@ class Choice:
 
     def parts(self, tokens: int) -> dict[str, int]:
         """Bytes by part with `tokens` tokens in each sequence; pages have grown to no more than these."""
-        grown = self.layout.needed(tokens) * self.layout.layer_page_bytes
-        activations = max(self._reading, min(grown, self.activations))
-        kv = self.kv_bytes(tokens) if self.task.kv_budget is None else self.task.kv_budget
+        kv = max(self.kv_bytes(tokens), self.task.kv_budget or 0)
         beside = self._beside
         first = {"weights": beside["weights"], "embeddings": beside["embeddings"], "kv": kv}
-        return {**first, "activations": activations, **beside}
+        return {**first, "activations": self._active(tokens), **beside}

@@ -14,7 +14,7 @@ from typing import Any
 from ..errors import ConfigError
 from ..pages.budget import parse_bytes
 from .memory import host_memory
-from .profiles import CONSUMER_CONTEXT, Profile, of_size, recognized
+from .profiles import CONSUMER_CONTEXT, MOST, Profile, of_size, recognized
 
 HOST_BANDWIDTH = 30e9
 """Bytes per second assumed of a CPU's memory where it is not measured: two channels of DDR4 reach about this."""
@@ -131,18 +131,18 @@ def bytes_of(field: str, value: int | str, least: int = 1) -> int:
     given = value
     if isinstance(value, str):
         text = value.strip()
-        if text.isdecimal() and len(text) < 32:
+        if text.isascii() and text.isdecimal() and len(text) < 32:
             value = int(text)
         elif re.fullmatch(r"0+(\.0+)?\s*([KMG]i?)?B", text, re.IGNORECASE):
             value = 0
         else:
             try:
-                return parse_bytes(text)
+                value = parse_bytes(text)
             except ConfigError:
                 value = -1
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= MOST:
         kind = "a positive number" if least else "a number >= 0"
-        raise ConfigError(field, given, f'bytes as {kind}, or as text such as "8GiB"')
+        raise ConfigError(field, given, f'bytes as {kind} up to 2**60, or as text such as "8GiB"')
     return value
 
 

@@ -87,6 +87,14 @@ def worse(scheme: str) -> tuple[str, ...]:
     return tuple(name for name in WEIGHTS if _BEST_FIRST.index(name) > _BEST_FIRST.index(scheme))
 
 
+def halves(most: int, least: int) -> Iterator[int]:
+    """`most`, half of it, half of that and so on, and `least` at the end."""
+    while most > least:
+        yield most
+        most //= 2
+    yield least
+
+
 def _rungs(schemes: Sequence[str], kv_bits: tuple[int, int] | None) -> Iterator[Rung]:
     for scheme in schemes:
         for bits in FINE if kv_bits is None else (kv_bits,):

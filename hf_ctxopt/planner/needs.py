@@ -117,8 +117,8 @@ class Needs:
         """The needs that `to_dict` wrote.
 
         Raises:
-            ConfigError: a field is missing, unknown or of another type, or a row has another length than there are
-                windows or bits.
+            ConfigError: a field is missing, unknown, of another type or out of range, or a row has another length than
+                there are windows or bits.
         """
         given = _checked(cls, values)
         groups = []
@@ -182,9 +182,19 @@ def _checked(kind: type, values: Any) -> dict[str, Any]:
         if name == "window" and value is None:
             continue
         parts = (value,) if name in _WHOLE else value
-        each = Mapping if name == "groups" else int if name in _WHOLE or name == "windows" else int | float
-        fits = isinstance(parts, list | tuple) and all(isinstance(p, each) and not isinstance(p, bool) for p in parts)
-        if not fits:
-            allowed = "a whole number" if name in _WHOLE else "a list, as it was measured"
+        fits = isinstance(parts, list | tuple) and all(_fits(name, part) for part in parts)
+        if not fits or (name == "windows" and list(parts) != sorted(set(parts))):
+            least = 0 if name == "sinks" else 1
+            allowed = f"a whole number >= {least}" if name in _WHOLE else "a list, as it was measured"
             raise ConfigError(f"needs.{name}", value, allowed)
     return dict(values)
+
+
+def _fits(name: str, part: Any) -> bool:
+    if name == "groups":
+        return isinstance(part, Mapping)
+    if isinstance(part, bool) or not isinstance(part, int | float):
+        return False
+    if name in _WHOLE or name == "windows":
+        return isinstance(part, int) and part >= (0 if name == "sinks" else 1)
+    return math.isfinite(part) and part >= 0

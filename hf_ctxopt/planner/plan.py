@@ -49,6 +49,9 @@ class Plan:
         quality: class of what is given up (`ladder.py`), and `", windowed"` where tokens are forgotten.
         reasons: what was tried and why it was rejected, and what to know of the choice.
         needs: what the prompt needs that the plan was made for (`needs.py`); `None` without one.
+
+    Raises:
+        ConfigError: a field has a value that no plan has (`valid.py`).
     """
 
     model: str
@@ -77,6 +80,11 @@ class Plan:
     quality: str
     reasons: tuple[str, ...] = field(default=())
     needs: Needs | None = None
+
+    def __post_init__(self) -> None:
+        check_fields({part.name: getattr(self, part.name) for part in fields(self)})
+        for name, kind in (("on_host", tuple), ("reasons", tuple), ("kv_bits", dict), ("bytes", dict)):
+            object.__setattr__(self, name, kind(getattr(self, name)))  # the caller's may change
 
     @property
     def total_bytes(self) -> int:
@@ -110,18 +118,15 @@ class Plan:
         """
         if not isinstance(values, Mapping):
             raise ConfigError("plan", values, "a dictionary that Plan.to_dict() wrote")
-        if values.get("version") != VERSION:
+        if type(values.get("version")) is not int or values["version"] != VERSION:
             raise ConfigError("version", values.get("version"), f"{VERSION}: a plan of this version of hf_ctxopt")
         given = {key: value for key, value in values.items() if key not in ("version", "total_bytes")}
         given = {"needs": None, **given}  # plans of before there were any have none
         names = {part.name for part in fields(cls)}
         if wrong := sorted(map(str, names.symmetric_difference(given))):
             raise ConfigError("plan", wrong, f"exactly the fields {', '.join(sorted(names))}")
-        check_fields(given)
         needs = None if given["needs"] is None else Needs.from_dict(given["needs"])
-        lists = {"on_host": tuple(given["on_host"]), "reasons": tuple(given["reasons"])}
-        own = {"kv_bits": dict(given["kv_bits"]), "bytes": dict(given["bytes"])}  # the caller's may change
-        plan = cls(**{**given, **lists, **own, "needs": needs})
+        plan = cls(**{**given, "needs": needs})
         if values.get("total_bytes", plan.total_bytes) != plan.total_bytes:
             raise ConfigError("total_bytes", values["total_bytes"], f"{plan.total_bytes}, the sum of the parts")
         return plan

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from ..errors import ConfigError
 
 GIB = 1 << 30
+MOST = 1 << 60
+"""Of bytes, tokens or sequences: a number beyond it is a mistake."""
 CONSUMER_CONTEXT = int(0.45 * GIB)
 DATACENTRE_CONTEXT = int(0.69 * GIB)
 

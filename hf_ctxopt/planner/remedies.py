@@ -13,7 +13,6 @@ from .words import size
 
 KIB, MIB = 1 << 10, 1 << 20
 _LEAST = 256  # tokens that are worth naming
-_TRIES = 8
 
 
 def remedies(best: Choice, tried: Sequence[Choice], tokens: int) -> tuple[str, ...]:
@@ -76,15 +75,11 @@ def rejections(tried: Sequence[Choice], tokens: int) -> list[str]:
 def _card_for(choice: Choice, tokens: int) -> int:
     """Whole GiB of a card on which the choice fits, with that card's own reserve unless another was asked for."""
     card = choice.task.card
-    needed = card.vram + choice.shortfall(tokens)
+    needed = card.vram + choice.missing(tokens)
     usual = card.reserve == reserve_of(card.vram)
     gib = -(-needed // GIB)
     if usual:  # 12 % of the card is its reserve: counting up to it takes for ever where a batch is absurd
         gib = max(gib, (needed - card.reserve) * 100 // 88 // GIB)
     while usual and gib * GIB - reserve_of(gib * GIB) < needed - card.reserve:
         gib += 1
-    for more in range(_TRIES):  # page by page, a larger card may need more to grow them
-        reserve = reserve_of((gib + more) * GIB) if usual else card.reserve
-        if choice.on((gib + more) * GIB, reserve).missing(tokens) <= 0:
-            return gib + more
     return gib

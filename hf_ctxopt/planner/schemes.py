@@ -7,6 +7,7 @@ other projects follow the table in `weights/others.py`: linear layers only, embe
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 from ..errors import ConfigError
 from ..weights.blocks import packed_bytes
@@ -49,6 +50,7 @@ class WeightBytes:
         return self.layers + self.embedding + self.head
 
 
+@lru_cache(maxsize=64)  # a search asks for the same few hundreds of times
 def weight_bytes(facts: ModelFacts, scheme: str) -> WeightBytes:
     """Bytes of the weights of `facts` under `scheme`.
 

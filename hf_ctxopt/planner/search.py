@@ -2,33 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from itertools import product
 from typing import Any
 
+from ..caches.options import check_int
 from ..errors import ConfigError, DoesNotFitError
-from ..weights.others import install_line
+from ..weights.mixes import MIXES
+from ..weights.others import OTHERS
 from .cards import card_for
 from .facts import ModelFacts, facts_of
 from .fit import Choice, Task
 from .footprint import chunks_for
 from .hardware import bytes_of
-from .ladder import Rung, ladder, worse
+from .ladder import Rung, halves, ladder, worse
 from .needs import ERROR, Needs, described
+from .outcome import milliseconds, plan_of, refusal
 from .plan import Plan
-from .remedies import rejections, remedies
-from .schemes import LINEAR, LOADED
-from .speed import token_ms
+from .profiles import MOST
+from .remedies import rejections
+from .schemes import LOADED, PLAIN
 from .valid import GOALS
-from .words import size
 
 USUAL_CONTEXT = 8192
 """Tokens planned for where none are asked for, if the model was trained on so many."""
 LEAST_CONTEXT = 2048
 """Fewest tokens that are worth planning for where none are asked for; or the usual ones, if those are fewer."""
-SINKS, GOOD_WINDOW, LEAST_WINDOW = 4, 1024, 256
+SINKS, LEAST_WINDOW = 4, 256
 WINDOW_CHUNK, SHORTER_CHUNK = 256, 512  # what windows and contexts that fill the card leave for chunks
-WORTH = 2  # times as many tokens are worth what the host costs in time, where context is what matters
 ALIKE = 1.05  # times this close together count as equal: the better quality is taken
 
 
@@ -61,7 +62,7 @@ def plan(
         gpu: a card's profile (`profiles.py`), e.g. `"rtx4070-laptop"`.
         device: a device of this machine; by default the accelerator with the most free memory, or the CPU.
         context: tokens of each sequence, prompt and answer together. By default 8,192 or the trained length, for
-            goal `"context"` the trained length; less if no more fits.
+            goal `"context"` the trained length; less if no more fits, of which a larger card never has fewer.
         batch: sequences at once.
         agents: sequences whose pages stay between calls (`ctx_prefix`).
         goal: `"quality"`: the best quality that holds the context. `"context"`: the same, with the trained length as
@@ -96,12 +97,16 @@ def plan(
 
 def _schemes(facts: ModelFacts, weights: str | Sequence[str] | None) -> str | Sequence[str] | None:
     """What there is to choose from: a checkpoint's own scheme; of a `.gguf` file, also those that give up more."""
-    if facts.stored is None:
+    named = (weights,) if isinstance(weights, str) else weights if isinstance(weights, Sequence) else ()
+    gguf = facts.stored is not None and facts.repackable
+    if (gguf or facts.unpacked is not None) and any(OTHERS[name].pack is None for name in named if name in OTHERS):
+        able = (PLAIN, *MIXES, *(name for name, row in OTHERS.items() if row.pack is not None))
+        raise ConfigError("weights", weights, f"of {', '.join(able)}: {facts.name} is unpacked, and packed in memory")
+    if facts.stored is None or (gguf and weights is not None):
         return weights
-    if facts.repackable:
-        return (facts.stored, *worse(facts.stored)) if weights is None else weights
-    named = (facts.stored,) if weights is None else (weights,) if isinstance(weights, str) else tuple(weights)
-    if facts.stored not in named:
+    if gguf:
+        return (facts.stored, *worse(facts.stored))
+    if weights is not None and facts.stored not in named:
         raise ConfigError("weights", weights, f"{facts.stored}: {facts.name} is packed so already")
     return facts.stored
 
@@ -120,15 +125,18 @@ class _Search:
             self.wanted = max(self.wanted, needs.tokens)
         self.notes: list[str] = []
         self.tried: list[Choice] = []
-        self.alone: int | None = None  # tokens without the host, where it was taken for more of them
         if task.facts.other_layers:
             self.notes.append(f"the states of {task.facts.other_layers} layers without attention are not counted")
+        if task.facts.unpacked is not None:
+            self.notes.append(f"its checkpoint is stored as {task.facts.unpacked}: unpacked to 16 bits while it loads")
         if trained is None:
             self.notes.append("its config does not say what length it was trained on")
         if needs is not None:
             self._heed(needs)
         if task.kv_budget is not None and goal != "speed":
             self._best_weights(task.kv_budget)
+        # Bits that were asked for are no last resort.
+        self.fine = [rung for rung in self.rungs if not rung.coarse] or self.rungs
 
     def _best_weights(self, kv_budget: int) -> None:
         """A budget of pages holds the same beside any weights: only the best that leave it are of use."""
@@ -190,23 +198,38 @@ class _Search:
         return self._windowed(min(self.wanted, limit) - SINKS)
 
     def _staged(self) -> tuple[Choice, int] | None:
-        """The choice of the first stage that holds the context, or enough of it, and the tokens.
+        """The first choice that holds the context, and its tokens; fewer of them where none were asked for.
 
-        Where context is what matters, the host is worth its time if it holds `WORTH` times as many tokens.
+        Two-bit pages are for a context that was asked for. Without one they get the fewest tokens that are of use,
+        which no larger card falls below.
         """
-        best: tuple[Choice, int] | None = None
-        for hosts, rungs in self._stages():
-            if best is not None and (self.goal != "context" or rungs[0].coarse or best[1] >= self.wanted):
-                break
-            choices = [self._first(rungs, host) for host in hosts]
-            whole = next((choice for choice in choices if choice is not None), None)
-            found = (whole, self.wanted) if whole is not None else None
-            if found is None and self.asked is None:
-                found = self._shorter(hosts, rungs)
-            if found is not None and (best is None or found[1] >= WORTH * best[1]):
-                self.alone = None if best is None else best[1]
-                best = found
-        return best
+        coarse = [rung for rung in self.rungs if rung.coarse]
+        whole = self._first(self._stages([] if self.asked is None else coarse), self.wanted)
+        if whole is not None:
+            return whole, self.wanted
+        if self.asked is not None:
+            return None
+        least = min(LEAST_CONTEXT, self.wanted)
+        if (shorter := self._shorter(least)) is not None:
+            return shorter
+        found = self._first([(host, coarse) for host in self._hosts()], least)
+        return None if found is None else (found, least)
+
+    def _shorter(self, least: int) -> tuple[Choice, int] | None:
+        """The choice that holds most of the context, if that is enough to be of use, and its tokens.
+
+        The card alone is taken for its speed where it holds as many halves of the context as can be held at all, and
+        is then filled. What else holds them gets exactly these, so that a larger card never gets fewer tokens.
+        """
+        for tokens in halves(self.wanted, least):
+            for host, chunk in product(self._hosts(), (SHORTER_CHUNK, chunks_for(self.task.card.vram)[-1])):
+                choices = [Choice(self.task, rung, chunk, host) for rung in self.fine]
+                able = [choice for choice in choices if choice.missing(tokens) <= 0]
+                if able:
+                    most = max(able, key=lambda choice: choice.capacity or 0)
+                    filled = not host and chunk == SHORTER_CHUNK
+                    return most, int(most.capacity or 0) if filled else tokens
+        return None
 
     def _enough(self, limit: int | None) -> int | None:
         """The window that holds what the prompt needs, where the model and its cache can have one."""
@@ -215,45 +238,26 @@ class _Search:
             return None
         return window
 
-    def _stages(self) -> Iterator[tuple[list[tuple[str, ...]], list[Rung]]]:
+    def _stages(self, coarse: list[Rung]) -> list[tuple[tuple[str, ...], list[Rung]]]:
         """(host parts, rungs) to try one after the other.
 
         What costs only time, the host, comes before two-bit pages, unless time is what matters.
         """
-        fine, coarse = ([rung for rung in self.rungs if rung.coarse is kind] for kind in (False, True))
-        card: list[tuple[str, ...]] = [()]
-        hosts = self._hosts()[1:]
-        if self.goal != "speed":
-            order = [(card, fine), (hosts, fine), (card, coarse), (hosts, coarse)]
-        else:
-            order = [(card, fine), (card, coarse), (hosts, fine), (hosts, coarse)]
-        return ((where, rungs) for where, rungs in order if where and rungs)
+        on_card, *hosts = self._hosts()
+        slow = [(host, self.fine) for host in hosts]
+        order = [(on_card, coarse), *slow] if self.goal == "speed" else [*slow, (on_card, coarse)]
+        return [(on_card, self.fine), *order, *((host, coarse) for host in hosts)]
 
-    def _first(self, rungs: list[Rung], host: tuple[str, ...]) -> Choice | None:
-        """The first choice that holds the context."""
-        found = (self._try(rung, self.wanted, host) for rung in rungs)
+    def _first(self, stages: list[tuple[tuple[str, ...], list[Rung]]], tokens: int) -> Choice | None:
+        """The first choice that holds so many tokens."""
+        found = (self._try(rung, tokens, host) for host, rungs in stages for rung in rungs)
         return next((choice for choice in found if choice is not None), None)
-
-    def _shorter(self, hosts: list[tuple[str, ...]], rungs: list[Rung]) -> tuple[Choice, int] | None:
-        """A choice for fewer tokens than one would like, if a stage holds enough of them to be of use."""
-        budget = self.task.kv_budget
-        choices = [choice for choice in self.tried if choice.host in hosts and choice.rung in rungs]
-        choices = [choice for choice in choices if budget is None or choice.left >= budget]
-        if not choices:
-            return None
-        most = max(choices, key=lambda choice: choice.capacity or 0)
-        if (most.capacity or 0) < min(LEAST_CONTEXT, self.wanted):
-            return None
-        roomy = replace(most, chunk=SHORTER_CHUNK)
-        fits = budget is None or roomy.left >= budget
-        most = roomy if fits and (roomy.capacity or 0) >= LEAST_CONTEXT else most
-        return most, int(most.capacity or 0)
 
     def _fastest(self, window: int | None = None) -> Choice | None:
         """The fastest choice that holds the context, or a window, with 4 bits or more; of equally fast the better."""
         found = [self._try(rung, self.wanted, (), window) for rung in self.rungs if not rung.coarse]
         whole = [choice for choice in found if choice is not None]
-        times = [_milliseconds(choice, self.wanted) or 0.0 for choice in whole]
+        times = [milliseconds(choice, self.wanted) or 0.0 for choice in whole]
         alike = (choice for choice, time in zip(whole, times, strict=True) if time <= ALIKE * min(times))
         return next(alike, None)
 
@@ -261,26 +265,23 @@ class _Search:
         """A plan with sinks and a window of at most `most` tokens: whole if a rung holds it, else what fits."""
         if self.goal == "speed" and (fastest := self._fastest(most)) is not None:
             return self._plan(fastest, self.wanted)
-        for host in self._hosts():
-            for rung in self.rungs:
-                found = None if rung.coarse else self._try(rung, self.wanted, host, most)
-                if found is not None:
-                    return self._plan(found, self.wanted)
-            choice, window = self._largest_window(host, most)
-            if window >= min(LEAST_WINDOW, most) and (self.needs is None or self.needs.holds(window)):
-                found = self._try(choice.rung, self.wanted, host, window)
-                if found is not None:
-                    return self._plan(found, self.wanted)
-        raise self._refusal()
+        tries = (self._try(rung, self.wanted, host, most) for host in self._hosts() for rung in self.fine)
+        found = next((choice for choice in tries if choice is not None), None) or self._narrower(most)
+        if found is None:
+            raise self._refusal()
+        return self._plan(found, self.wanted)
 
-    def _largest_window(self, host: tuple[str, ...], most: int) -> tuple[Choice, int]:
-        """The first choice of fewer than 16 bits with a good window, else the one with the largest."""
-        last = [rung for rung in self.rungs if rung.weights == self.rungs[-1].weights]
-        rungs = [rung for rung in last if rung.values < 16 and not rung.coarse] or last
-        choices = [Choice(self.task, rung, WINDOW_CHUNK, host, SINKS, most) for rung in rungs]
-        windows = [(choice, min(most, choice.largest_window())) for choice in choices]
-        good = [pair for pair in windows if pair[1] >= min(GOOD_WINDOW, most)]
-        return good[0] if good else max(windows, key=lambda pair: pair[1])
+    def _narrower(self, most: int) -> Choice | None:
+        """The choice with most of the window, by the rule of `_shorter`: all that costs less has been spent."""
+        for tokens in halves(most, min(LEAST_WINDOW, most)):
+            if self.needs is not None and not self.needs.holds(tokens):
+                return None
+            for host in self._hosts():
+                choices = [Choice(self.task, rung, WINDOW_CHUNK, host, SINKS, most) for rung in self.fine]
+                best = max(choices, key=Choice.largest_window)
+                if (window := best.largest_window()) >= tokens:
+                    return self._try(best.rung, self.wanted, host, tokens if host else min(window, most))
+        return None
 
     def _hosts(self) -> list[tuple[str, ...]]:
         """Parts of the model that may go to the host, the card for all of them first."""
@@ -300,68 +301,14 @@ class _Search:
         return None
 
     def _refusal(self) -> DoesNotFitError:
-        on_card = [choice for choice in self.tried if not choice.host]
-        choices = self.tried if self.task.kv_budget is None else on_card
-        best = min(choices, key=lambda choice: choice.missing(self.wanted))
-        card, name = size(self.task.card.vram), self.task.facts.name
-        if self.task.kv_budget is not None and best.left >= self.task.kv_budget:
-            what = f"{self.wanted:,} tokens of {name} need {size(best.kv_bytes(self.wanted))} of pages and do not fit "
-            what += f"the {size(self.task.kv_budget)} of kv_budget"
-        elif self.task.kv_budget is not None:
-            what = f"{size(self.task.kv_budget)} of pages beside {best.rung.weights} weights of "
-            what += f"{size(best.weights.layers + best.embeddings)} do not fit {card}"
-        elif best.left > 0:
-            what = f"{self.wanted:,} tokens of {name} do not fit {card}"
-        else:
-            what = f"{name} does not fit {card}"
-        would = remedies(best, self.tried, self.wanted)
-        if self.needs is not None and any(choice.window is not None for choice in self.tried):
-            would = (*would, "a window that fits loses what the prompt needs")
-        return DoesNotFitError(best.shortfall(self.wanted), what, would)
+        lost = self.needs is not None and any(choice.window is not None for choice in self.tried)
+        return refusal(self.task, self.tried, self.wanted, lost)
 
     def _plan(self, choice: Choice, context: int) -> Plan:
-        """The plan of a choice, with what there is to say about it."""
-        task, rung, layout = self.task, choice.rung, choice.layout
-        reasons = [*self.notes, *rejections(self.tried, context), f"chosen: {rung}, chunks of {choice.chunk:,} tokens"]
-        if choice.window is not None:
-            reasons.append(f"kept: {choice.sinks} first and {choice.window:,} last tokens")
-        if choice.host:
-            why = "nothing less fits" if self.alone is None else f"the card alone holds {self.alone:,} tokens"
-            reasons.append(f"{' and '.join(choice.host)} on the host: {why}; decoding has no CUDA graph")
-        if task.card.like is not None:
-            reasons.append(f"the time is that of a card as slow as {task.card.like}")
-        if rung.weights in LINEAR:
-            reasons.append(f"{rung.weights} weights need packages of their own: {install_line(rung.weights)}")
-        window = choice.window
-        cache = "ctx_sink" if window is not None else "ctx_prefix" if task.agents > 1 else "ctx_paged"
-        parts = choice.parts(context)
-        return Plan(
-            model=task.facts.name, device=task.card.name, goal=self.goal, weights=rung.weights,
-            kv_bits={"k": rung.keys, "v": rung.values}, cache=cache, window=window,
-            sinks=None if window is None else choice.sinks, context=context, capacity=choice.capacity,
-            batch=task.batch, agents=task.agents, page_size=task.page_size, pages=choice.pages,
-            page_bytes=layout.page_bytes, page_budget=choice.page_budget, kv_budget=choice.room, chunk=choice.chunk,
-            on_host=choice.host, host_bytes=_host_bytes(choice), vram=task.card.vram, bytes=parts,
-            ms_per_token=_milliseconds(choice, context),
-            quality=rung.quality + ("" if window is None else ", windowed"), reasons=tuple(reasons), needs=self.needs,
-        )  # fmt: skip
-
-
-def _host_bytes(choice: Choice) -> int:
-    """Bytes of the parts on the host, in 16 bits."""
-    one = 2 * choice.task.facts.vocab * choice.task.facts.hidden
-    return one * (1 if choice.task.facts.tied and choice.host else len(choice.host))
-
-
-def _milliseconds(choice: Choice, tokens: int) -> float | None:
-    facts, weights = choice.task.facts, choice.weights
-    head = 2 * facts.vocab * facts.hidden if "head" in choice.host else 0
-    read = weights.read - ((weights.embedding if facts.tied else weights.head) if head else 0)
-    held = choice.kv_bytes(tokens) * choice.task.batch // choice.task.rows
-    foreign = facts.foreign or weights.scheme in LINEAR
-    return token_ms(
-        read, held, facts.layers, choice.task.card.bandwidth, replayed=choice.replayed, foreign=foreign, on_host=head,
-    )  # fmt: skip
+        why = list(rejections(self.tried, context))
+        alone = max((tried.capacity or 0 for tried in self.tried if not tried.host), default=0)
+        host = f"the card alone holds {alone:,} tokens" if alone >= LEAST_CONTEXT else "nothing less fits"
+        return plan_of(choice, context, self.goal, [*self.notes, *why], host, self.needs)
 
 
 def _bits(kv_bits: int | Mapping[str, int] | None, page_size: int) -> tuple[int, int] | None:
@@ -387,7 +334,7 @@ def _needs(probe: Any, context: int | None) -> Needs | None:
 
 def _check(context: int | None, batch: int, agents: int, goal: str) -> None:
     for name, value in (("context", context), ("batch", batch), ("agents", agents)):
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-            raise ConfigError(name, value, "an integer >= 1")
+        if value is not None:
+            check_int(name, value, 1, MOST)
     if goal not in GOALS:
         raise ConfigError("goal", goal, f"one of {', '.join(GOALS)}")

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
 from ..caches.options import PageOptions, check_int
 from ..errors import ConfigError
+from .profiles import MOST
 from .schemes import LOADED, SCHEMES
 
 GOALS = ("quality", "context", "speed")
+CACHES = ("ctx_paged", "ctx_prefix", "ctx_sink")
+"""The caches of plans: all tokens, the shared ones of several agents, and a window."""
 PARTS = ("weights", "embeddings", "kv", "activations", "logits", "graph", "cuda_context", "others", "reserve")
 """Keys of `Plan.bytes`, in the order in which they are shown."""
 HOST_PARTS = ("embedding", "head")
@@ -25,7 +27,7 @@ def check_fields(given: Mapping[str, Any]) -> None:
     """Refuse what no plan has in its fields.
 
     Args:
-        given: every field of `Plan` but `needs`, as read from JSON.
+        given: every field of `Plan` but `needs`, as read from JSON or as they are.
 
     Raises:
         ConfigError: a value of another type or out of range; the message names `plan.<field>`.
@@ -35,13 +37,14 @@ def check_fields(given: Mapping[str, Any]) -> None:
     _check("goal", given["goal"], given["goal"] in GOALS, f"one of {', '.join(GOALS)}")
     schemes = (LOADED, *SCHEMES)
     _check("weights", given["weights"], given["weights"] in schemes, f"one of {', '.join(schemes)}")
+    _check("cache", given["cache"], given["cache"] in CACHES, f"one of {', '.join(CACHES)}")
     for name in _POSITIVE:
-        check_int(f"plan.{name}", given[name], 1)
+        check_int(f"plan.{name}", given[name], 1, MOST)
     for name in _COUNTS:
-        check_int(f"plan.{name}", given[name], 0)
+        check_int(f"plan.{name}", given[name], 0, MOST)
     for name in _OPTIONAL:
         if given[name] is not None:
-            check_int(f"plan.{name}", given[name], 0)
+            check_int(f"plan.{name}", given[name], 0, MOST)
     _check_pages(given)
     _check_parts(given["bytes"])
     _check_sums(given)
@@ -53,7 +56,7 @@ def check_fields(given: Mapping[str, Any]) -> None:
     _check("on_host", host, known, f"of {' and '.join(HOST_PARTS)}, each once")
     time = given["ms_per_token"]
     number = isinstance(time, int | float) and not isinstance(time, bool)
-    _check("ms_per_token", time, time is None or (number and math.isfinite(time) and time >= 0), "None or a time >= 0")
+    _check("ms_per_token", time, time is None or (number and 0 <= time <= MOST), "None or a time >= 0")
 
 
 def _check_pages(given: Mapping[str, Any]) -> None:
@@ -65,6 +68,8 @@ def _check_pages(given: Mapping[str, Any]) -> None:
     except ConfigError as error:
         raise ConfigError(f"plan.{error.field}", error.value, error.allowed) from None
     _check("window", window, (window is None) is (given["cache"] != "ctx_sink"), "tokens with ctx_sink, else None")
+    shared = given["agents"] == 1 or given["cache"] == "ctx_prefix"
+    _check("cache", given["cache"], shared, "ctx_prefix for several agents")
     _check("sinks", given["sinks"], (given["sinks"] is None) is (window is None), "tokens with a window, else None")
 
 
@@ -72,7 +77,7 @@ def _check_parts(parts: Any) -> None:
     whole = isinstance(parts, Mapping) and set(parts) == set(PARTS)
     _check("bytes", parts, whole, f"bytes of exactly the parts {', '.join(PARTS)}")
     for name, count in parts.items():
-        check_int(f"plan.bytes[{name!r}]", count, 0)
+        check_int(f"plan.bytes[{name!r}]", count, 0, MOST)
 
 
 def _check_sums(given: Mapping[str, Any]) -> None:

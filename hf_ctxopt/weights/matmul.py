@@ -93,10 +93,14 @@ def decoded_matmul(x: Tensor, packed: Tensor, type: str) -> Tensor:
     if torch.is_grad_enabled() and x.requires_grad:
         result: Tensor = _Decoded.apply(x, packed, type)  # type: ignore[no-untyped-call]
         return result
-    out = x.new_empty(len(x), packed.shape[0])
+    out = None
     for first, weight in _slabs(packed, type, x.dtype):
-        out[:, first : first + len(weight)] = linear(x, weight)
-    return out
+        part = linear(x, weight)
+        if len(weight) == packed.shape[0]:
+            return part
+        out = x.new_empty(len(x), packed.shape[0]) if out is None else out
+        out[:, first : first + len(weight)] = part
+    return x.new_empty(len(x), 0) if out is None else out
 
 
 def _slabs(packed: Tensor, type: str, dtype: torch.dtype):  # type: ignore[no-untyped-def]

@@ -24,7 +24,7 @@ def test_bits(text: str, expected: Any) -> None:
     assert options.cache_choice("ctx_paged", kv_bits=text).options == {"kv_bits": expected}
 
 
-@pytest.mark.parametrize("text", ["", "k8", "v4", "k8v", "4v8k", "eight", "-8", "8.0"])
+@pytest.mark.parametrize("text", ["", "k8", "v4", "k8v", "4v8k", "eight", "-8", "8.0", "８", "k８v4", "9" * 5000])
 def test_bad_bits(text: str) -> None:
     with pytest.raises(ConfigError, match="kv_bits"):
         options.parse_bits(text)

@@ -100,6 +100,16 @@ def test_the_curve_meets_the_limit_where_the_plan_says() -> None:
     assert grid(found)[-1] > found.capacity
 
 
+def test_the_curve_of_a_budget_counts_all_of_it() -> None:
+    from hf_ctxopt import plan
+
+    found = plan(facts("Llama-3.1-8B"), vram="12GiB", context=8192, kv_budget="2GiB")
+    assert found.capacity is not None
+    short, at, beyond = curve(facts("Llama-3.1-8B"), found, (32, found.context, found.capacity + 1))
+    assert at == found.bytes
+    assert short["kv"] == at["kv"] == 2 << 30 < beyond["kv"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

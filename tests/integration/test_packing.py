@@ -14,7 +14,6 @@ from transformers import AutoConfig, AutoTokenizer, LlamaConfig, LlamaForCausalL
 
 import hf_ctxopt
 from hf_ctxopt import ConfigError, CtxoptError
-from hf_ctxopt.integration import load
 from hf_ctxopt.integration.packing import check_in_memory, check_scheme, loading_config
 from hf_ctxopt.planner.facts import facts_of
 from hf_ctxopt.planner.ladder import ladder
@@ -145,12 +144,11 @@ def test_a_gguf_file_keeps_its_blocks(tmp_path: Path, monkeypatch: pytest.Monkey
     """Its weights are not unpacked and packed again, unless others are asked for."""
     path = tmp_path / "model.gguf"
     write(path, "gpt2", AutoConfig.for_model("gpt2", **SMALL["gpt2"]))
-    monkeypatch.setattr(load, "_dtype", lambda place: torch.float32)
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda *args, **options: tiny_tokenizer())
     found = hf_ctxopt.plan(path, vram="80GiB")
     assert found.weights == "Q8_0"
     model, _ = hf_ctxopt.load(found, "cpu")
-    want, _ = hf_ctxopt.load_gguf(path)
+    want, _ = hf_ctxopt.load_gguf(path, torch.bfloat16)
     layer, block = model.transformer.h[1].mlp.c_fc, want.transformer.h[1].mlp.c_fc
     assert isinstance(layer, GgufLinear)
     assert torch.equal(layer.weight, block.weight)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -210,7 +211,7 @@ def test_embeddings_on_the_host_are_not_packed(folder: Path) -> None:
 def test_a_plan_for_other_weights_is_noticed(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     made = hf_ctxopt.plan(folder, vram="4GiB", weights="Q4_K_M")
     with caplog.at_level(logging.WARNING):
-        hf_ctxopt.patch_model(tiny_model(), plan=made)
+        hf_ctxopt.patch_model(tiny_model().bfloat16(), plan=made)
     assert "may not fit as planned" in caplog.text
 
 
@@ -226,14 +227,65 @@ def test_a_plan_of_another_model_is_refused(bits: int) -> None:
     assert record_of(model) is before
 
 
-@pytest.mark.parametrize("bits", [16, {"k": 8, "v": 4}])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_plan_of_a_config_or_another_dtype_is_of_the_same_model(bits: Any, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("bits", [16, 8, {"k": 8, "v": 4}])
+def test_a_plan_counts_no_fewer_bytes_than_the_model_has(bits: Any) -> None:
+    """A plan of a config is for two bytes: not for the model in float32. One for float32 holds for it in bfloat16."""
     model = tiny_model()
-    for given in (model.config, model):
-        made = hf_ctxopt.plan(given, vram="4GiB", kv_bits=bits)
+    wide, narrow = (hf_ctxopt.plan(given, vram="4GiB", kv_bits=bits) for given in (model, model.config))
+    with pytest.raises(ConfigError, match=r"in torch\.float32.*2 bytes each, the model's 4") as refused:
+        hf_ctxopt.patch_model(model, plan=narrow)
+    assert refused.value.field == "plan"
+    assert record_of(model) is None
+    for made, dtype in ((wide, torch.float32), (wide, torch.bfloat16), (narrow, torch.bfloat16)):
         hf_ctxopt.patch_model(model.to(dtype), plan=made)
         assert record_of(model).plan == made  # type: ignore[union-attr]
+
+
+def test_a_plan_is_for_the_weights_windows_and_length_that_the_model_has() -> None:
+    sizes: dict[str, Any] = {
+        "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "vocab_size": 8192, "head_dim": 64,
+    }  # fmt: skip
+    config = AutoConfig.for_model("llama", **sizes, max_position_embeddings=512)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    kinds = ["sliding_attention", "full_attention"]
+    hybrid, wider = (
+        AutoConfig.for_model("gemma3_text", **sizes, layer_types=kinds, sliding_window=window) for window in (64, 512)
+    )
+    other = AutoModelForCausalLM.from_config(wider, dtype=torch.bfloat16)
+    longer = {**config.to_dict(), "max_position_embeddings": 1024}
+    others = [
+        (model, hf_ctxopt.plan(config, vram="4GiB", weights="Q4_K_M"), "weights that it has"),
+        (model, hf_ctxopt.plan(longer, vram="4GiB"), "trained on 512"),
+        (other, hf_ctxopt.plan(hybrid, vram="4GiB"), "does not grow"),
+    ]
+    for given, plan, words in others:
+        with pytest.raises(ConfigError, match=words):
+            hf_ctxopt.patch_model(given, plan=plan)
+        assert record_of(given) is None
+
+
+@pytest.mark.parametrize("given", [torch.float32, "float32", "torch.float32", torch.int16, "zz", 3])
+def test_a_plan_is_loaded_in_two_bytes(folder: Path, given: Any) -> None:
+    with pytest.raises(ConfigError) as refused:
+        hf_ctxopt.load(hf_ctxopt.plan(folder, vram="4GiB"), "cpu", dtype=given)
+    assert (refused.value.field, refused.value.value) == ("dtype", given)
+
+
+@pytest.mark.parametrize("given", ["nonsense", 3.5, "cuda:99", "meta"])
+def test_a_device_that_is_not_here_is_refused_before_anything_is_read(given: Any) -> None:
+    made = replace(hf_ctxopt.plan(facts("Phi-4-mini"), vram="8GiB"), model="/nowhere")
+    with pytest.raises(ConfigError) as refused:
+        hf_ctxopt.load(made, given)
+    assert refused.value.field == "device"
+
+
+def test_a_plan_for_a_device_that_is_not_here_is_loaded_on_what_is(folder: Path) -> None:
+    made = replace(hf_ctxopt.plan(folder, vram="4GiB"), device="cuda:99")
+    model, _ = hf_ctxopt.load(made)
+    assert model.device.type == ("cuda" if torch.cuda.is_available() else "cpu")
+    with pytest.raises(CtxoptError, match="cannot load"):
+        hf_ctxopt.load(made, "cpu", nonsense=3)
 
 
 def test_a_chunk_is_only_that_of_the_plan_s_own_cache() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -10,13 +11,16 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from hf_ctxopt.errors import DoesNotFitError
 from hf_ctxopt.integration.build import build_cache, parse_options
 from hf_ctxopt.integration.compat import generate_argument
+from hf_ctxopt.planner import schemes
 from hf_ctxopt.planner.facts import facts_of
 from hf_ctxopt.planner.fit import Card, Choice, Task
 from hf_ctxopt.planner.footprint import GRAPH, KvLayout, activation_bytes, logit_bytes, reserve_of
 from hf_ctxopt.planner.ladder import Rung
 from hf_ctxopt.planner.schemes import SCHEMES, weight_bytes
+from hf_ctxopt.planner.search import plan
 from hf_ctxopt.planner.speed import token_ms
 from hf_ctxopt.weights.in_memory import quantize_
 from hf_ctxopt.weights.sizes import size_of
@@ -209,3 +213,36 @@ def test_growing_pages_are_there_twice_for_one_layer() -> None:
     assert long.activations > choice.activations
     assert long.parts(131072)["activations"] == long.activations
     assert long.parts(8192)["activations"] < 0.2 * GIB  # no more pages have been grown there
+
+
+@pytest.mark.parametrize("full", [1, 2, 8])
+def test_memory_that_is_kept_for_growth_is_that_of_the_pages_that_fit(full: int) -> None:
+    """Where one layer grows, it is there twice while it does: half of the memory is for pages, not none."""
+    kinds = ["full_attention"] * full + ["sliding_attention"] * (12 - full)
+    config = {**TINY["hybrid"], "num_hidden_layers": 12, "layer_types": kinds, "max_position_embeddings": 1 << 30}
+    found = facts_of(config)
+    before = 0
+    for vram in range(GIB, GIB + 100_000, 997):
+        card = Card(name="c", vram=vram, others=0, context=0, reserve=0, bandwidth=None, accelerator=False)
+        choice = Choice(Task(facts=found, card=card), Rung("bf16", 16, 16), 128)
+        held, page = choice.capacity or 0, choice.layout.page_bytes
+        assert held >= before  # a larger card never holds less
+        assert choice.missing(held) <= 0 < choice.missing(held + 1)
+        assert choice.pages * 32 == held
+        assert choice.left - choice.room <= page // full
+        before = held
+    assert before / 32 * page == pytest.approx(GIB * full / (full + 1), rel=0.01)
+
+
+def test_the_bytes_of_a_scheme_are_worked_out_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = facts_of(TINY["gqa"])
+    counted: list[tuple[str, str]] = []
+    real = schemes._bytes
+    monkeypatch.setattr(
+        schemes, "_bytes", lambda matrix, scheme, of: counted.append((matrix.name, scheme)) or real(matrix, scheme, of)
+    )
+    for vram in ("1GiB", "2GiB"):
+        with contextlib.suppress(DoesNotFitError):
+            plan(found, vram=vram)
+    assert counted
+    assert len(counted) == len(set(counted))

@@ -149,7 +149,8 @@ def test_json_of_needs() -> None:
     ("field", "value"),
     [
         ("tokens", "x"), ("tokens", None), ("queries", True), ("sinks", [4]), ("windows", None), ("windows", ["x"]),
-        ("groups", 3), ("groups", None), ("groups", [1]),
+        ("groups", 3), ("groups", None), ("groups", [1]), ("tokens", 0), ("sinks", -1), ("windows", [512, 256]),
+        ("windows", [0]),
     ],
 )  # fmt: skip
 def test_needs_of_other_types_name_the_field(field: str, value: Any) -> None:
@@ -157,7 +158,16 @@ def test_needs_of_other_types_name_the_field(field: str, value: Any) -> None:
         Needs.from_dict({**SUMMARY.to_dict(), field: value})
     assert refused.value.field == f"needs.{field}"
     row = SUMMARY.to_dict()["groups"][0]
-    for name, bad in (("layers", "x"), ("window", 1.5), ("text", None), ("answer", ["x"] * len(SUMMARY.windows))):
+    for name, bad in (
+        ("layers", "x"),
+        ("window", 1.5),
+        ("text", None),
+        ("answer", ["x"] * len(SUMMARY.windows)),
+        ("layers", 0),
+        ("sought", [float("inf")] * len(SUMMARY.windows)),
+        ("key_errors", [float("nan")] * 3),
+        ("value_errors", [-0.1] * 3),
+    ):
         with pytest.raises(ConfigError) as refused:
             Needs.from_dict({**SUMMARY.to_dict(), "groups": [{**row, name: bad}]})
         assert refused.value.field == f"needs.{name}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import pickle
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -36,6 +37,7 @@ TINY = {
         ({"weights": 3}, "weights"), ({"weights": [3]}, "weights"), ({"weights": True}, "weights"),
         ({"kv_bits": 3}, "kv_bits"), ({"kv_bits": {"k": 8}}, "kv_bits"), ({"kv_budget": "x"}, "kv_budget"),
         ({"reserve": "much"}, "reserve"), ({"device": "cpu"}, "device"), ({"page_size": 24}, "page_size"),
+        ({"vram": 10**400}, "vram"), ({"vram": "9" * 25 + "GiB"}, "vram"), ({"batch": 10**30}, "batch"),
     ],
 )  # fmt: skip
 def test_bad_values_name_their_field(changes: dict[str, Any], field: str) -> None:
@@ -51,7 +53,7 @@ def test_json_round_trip_and_its_checks() -> None:
         assert key in values
     assert values["total_bytes"] == sum(values["bytes"].values())
     assert Plan.from_dict(values) == found
-    for broken in ({"version": 0}, {"total_bytes": 1}, {"colour": "red"}):
+    for broken in ({"version": 0}, {"version": True}, {"version": 1.0}, {"total_bytes": 1}, {"colour": "red"}):
         with pytest.raises(ConfigError):
             Plan.from_dict({**values, **broken})
     with pytest.raises(ConfigError, match="window"):
@@ -67,10 +69,10 @@ def test_json_round_trip_and_its_checks() -> None:
         ("on_host", [["head", "head"]]), ("reasons", [None, "abc", [None]]),
         ("kv_bits", ["8", 8, [8, 8], {"k": 8}, {"k": 8, "v": 3}, {"k": True, "v": 8}]),
         ("context", [-1, 0, "256", True, None, 1.5]), ("chunk", [0, -3, "x"]), ("page_size", [0, 24, "x"]),
-        ("pages", [-5, None]), ("agents", [0]), ("batch", [0]), ("goal", ["zz", None]), ("vram", ["x", 0]),
+        ("pages", [-5, None]), ("agents", [0]), ("batch", [0]), ("goal", ["zz", None]), ("vram", ["x", 0, 10**400]),
         ("kv_budget", [-1, "2GiB"]), ("weights", ["zz", 3, []]), ("model", [None]), ("quality", [4]),
-        ("cache", [None]), ("capacity", ["x", -1]), ("window", [256]), ("sinks", [4]),
-        ("ms_per_token", ["x", float("nan"), -1.0, True]),
+        ("cache", [None, "ctx_nowhere", "ctx_priority"]), ("capacity", ["x", -1]), ("window", [256]), ("sinks", [4]),
+        ("ms_per_token", ["x", float("nan"), float("inf"), 10**400, -1.0, True]),
     ],
 )  # fmt: skip
 def test_json_of_no_plan_names_the_field(field: str, values: list[Any]) -> None:
@@ -79,6 +81,8 @@ def test_json_of_no_plan_names_the_field(field: str, values: list[Any]) -> None:
         with pytest.raises(ConfigError) as refused:
             Plan.from_dict({**made, field: value})
         assert refused.value.field == f"plan.{field}", value
+        with pytest.raises(ConfigError):
+            replace(Plan.from_dict(made), **{field: value})
 
 
 def test_a_plan_shares_no_dictionary_with_its_json() -> None:
@@ -100,6 +104,8 @@ def test_json_with_other_bytes_or_another_cache_is_refused() -> None:
         assert refused.value.field == "plan.bytes['kv']"
     with pytest.raises(ConfigError, match="plan.window"):
         Plan.from_dict({**made, "cache": "ctx_sink"})
+    with pytest.raises(ConfigError, match="ctx_prefix for several agents"):
+        Plan.from_dict({**made, "agents": 2})
     with pytest.raises(ConfigError, match="exactly the fields"):
         Plan.from_dict({**made, 3: 4, "zz": 5})
     windowed = plan(facts("Llama-2-7B"), vram="8GiB", context=10_000).to_dict()
@@ -130,7 +136,9 @@ def test_a_folder_a_config_and_a_dictionary_give_the_same_plan(tmp_path: Path) -
     assert plans[2].model == plans[3].model == str(tmp_path)
 
 
-@pytest.mark.parametrize("given", ["/no/such/folder", "./nowhere", 3, None, {"model_type": "no_such_model"}])
+@pytest.mark.parametrize(
+    "given", ["/no/such/folder", "./nowhere", 3, None, {"model_type": "no_such_model"}, torch.nn.Linear(2, 2)]
+)
 def test_what_is_no_model_is_refused(given: Any) -> None:
     with pytest.raises(ConfigError) as refused:
         plan(given, vram="8GiB")
@@ -141,7 +149,8 @@ BROKEN: list[dict[str, Any]] = [
     {"num_attention_heads": 3}, {"hidden_size": "x"}, {"max_position_embeddings": None}, {"rope_scaling": "x"},
     {"num_attention_heads": 0}, {"hidden_size": 0}, {"head_dim": 0}, {"num_hidden_layers": -1}, {"vocab_size": 0},
     {"num_key_value_heads": 0}, {"rope_parameters": {"rope_type": "zz", "rope_theta": 1e4}}, {"hidden_act": "zz"},
-    {"dtype": "zz"},
+    {"dtype": "zz"}, {"kv_lora_rank": "x"}, {"num_local_experts": float("inf")}, {"moe_intermediate_size": {}},
+    {"quantization_config": [1]}, {"quantization_config": "fp8"}, {"model_type": "mistral", "sliding_window": "x"},
 ]  # fmt: skip
 
 
@@ -232,7 +241,9 @@ def test_nothing_can_be_left_alone(none: Any) -> None:
         assert (refused.value.field, refused.value.value) == (field, none)
 
 
-@pytest.mark.parametrize("bad", ["-1", "-1GiB", "1e9", "", "0x10", True, 1.5, -1, [1]])
+@pytest.mark.parametrize(
+    "bad", ["-1", "-1GiB", "1e9", "", "0x10", True, 1.5, -1, [1], "８GiB", "８", "1\u212aB", "9" * 400 + "GiB"]
+)
 def test_what_is_no_size_is_no_reserve(bad: Any) -> None:
     with pytest.raises(ConfigError) as refused:
         plan(facts("Phi-4-mini"), vram="8GiB", reserve=bad)

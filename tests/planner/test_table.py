@@ -8,6 +8,7 @@ from itertools import product
 import pytest
 
 from hf_ctxopt import ConfigError, DoesNotFitError, Plan, plan
+from hf_ctxopt.planner.ladder import Rung, ladder
 from hf_ctxopt.planner.schemes import weight_bytes
 from tests.planner.models import GIB, KNOWN, facts
 
@@ -181,26 +182,53 @@ def test_batch() -> None:
     assert eight.capacity < one.capacity
 
 
+@pytest.mark.parametrize("goal", GOALS)
 @pytest.mark.parametrize("model", sorted(KNOWN))
-def test_a_larger_card_never_gets_half_the_context(model: str) -> None:
-    """Goal `context`, in steps of half a gibibyte: the card alone is taken for its speed where it holds half as much
-    as with the host, not where it holds less."""
+def test_a_larger_card_never_gets_fewer_tokens(model: str, goal: str) -> None:
     before = 0
-    for halves in range(9, 21):
+    for vram in range(3 * GIB, 21 * GIB, 357 << 20):
         try:
-            found = plan(facts(model), vram=halves * GIB // 2, goal="context")
+            found = plan(facts(model), vram=vram, goal=goal)
         except DoesNotFitError:
             assert not before
             continue
-        assert 2 * found.context > before, halves / 2
+        assert found.context >= before, vram / GIB
         before = found.context
     assert before
 
 
-def test_the_host_is_taken_for_twice_the_tokens() -> None:
-    found = plan(facts("Llama-3.1-8B"), vram=13 * GIB // 2, goal="context")
-    quality = plan(facts("Llama-3.1-8B"), vram=13 * GIB // 2)
-    assert not quality.on_host
-    assert found.on_host == ("embedding", "head")
-    assert found.context >= 2 * quality.context
-    assert any(f"on the host: the card alone holds {quality.context:,} tokens" in reason for reason in found.reasons)
+@pytest.mark.parametrize(("model", "context"), [("Llama-3.1-8B", 131072), ("Llama-2-7B", 16384)])
+def test_a_larger_card_never_gets_a_shorter_window_or_a_lower_rung_for_it(model: str, context: int) -> None:
+    best_last = [*reversed(ladder(None, None))]
+    before = (0, 0)
+    for vram in range(5 * GIB, 10 * GIB, 133 << 20):
+        try:
+            found = plan(facts(model), vram=vram, context=context)
+        except DoesNotFitError:
+            assert not before[0]
+            continue
+        if found.window is None:  # the whole text, if need be with two bits, comes before a window
+            assert before[0] < context == found.context
+            break
+        now = (found.window, best_last.index(Rung(found.weights, found.kv_bits["k"], found.kv_bits["v"])))
+        assert all(new >= old for new, old in zip(now, before, strict=True)), vram / GIB
+        before = now
+    assert before[0]
+
+
+def test_the_host_is_taken_where_the_card_holds_fewer_halves_of_the_context() -> None:
+    small, larger = (plan(facts("Llama-3.1-8B"), vram=size, goal="context") for size in ("6.5GiB", "7.5GiB"))
+    assert small.on_host
+    assert small.context == 131072 // 8
+    alone = next(reason for reason in small.reasons if "the card alone holds" in reason)
+    assert 131072 // 16 > int(alone.split("alone holds ")[1].split(" ")[0].replace(",", "")) > 2048
+    assert not larger.on_host
+    assert larger.context == larger.capacity
+    assert 131072 // 4 < larger.context < 131072 // 2
+
+
+def test_two_bits_that_nobody_asked_for_hold_no_more_than_is_of_use() -> None:
+    found = plan(facts("Llama-2-7B"), vram=int(5.375 * GIB))
+    assert (found.kv_bits, found.context) == ({"k": 2, "v": 2}, 2048)
+    asked = plan(facts("Llama-2-7B"), vram=int(5.375 * GIB), kv_bits=2)
+    assert asked.context >= 2048

