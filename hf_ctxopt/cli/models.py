@@ -139,11 +139,17 @@ def _load(spec: str, source: str, gguf_file: str | None, dtype: torch.dtype | st
     """Calls transformers' loaders; the caller shows one bar for all of it."""
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils.hub import cached_file
+
+    from hf_ctxopt.weights.gguf_file import GgufFile
+    from hf_ctxopt.weights.gguf_vocabulary import named_as_in
 
     extra = {} if gguf_file is None else {"gguf_file": gguf_file}
     try:
         with console.without_bars():
             tokenizer = AutoTokenizer.from_pretrained(source, **extra)
+            if gguf_file is not None:
+                tokenizer = named_as_in(GgufFile(str(cached_file(source, gguf_file))), tokenizer)
             return AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **extra), tokenizer
     except (*LOAD_ERRORS, *GGUF_ERRORS, SafetensorError) as error:
         reason = str(error).strip().splitlines()

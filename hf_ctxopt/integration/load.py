@@ -16,6 +16,7 @@ from ..planner.schemes import LOADED
 from ..planner.search import plan as make_plan
 from ..weights.gguf_file import GgufFile
 from ..weights.gguf_load import gguf_config, load_gguf
+from ..weights.gguf_vocabulary import named_as_in
 from ..weights.mixes import MIXES
 from ..weights.others import OTHERS, check_other
 from ..weights.roles import NAMES, Role
@@ -154,7 +155,7 @@ def _tokenizer(source: str, options: dict[str, Any], file: GgufFile | None) -> A
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(source, **options)
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
     except LOAD_ERRORS as error:
         if file is None:
             raise
@@ -162,6 +163,9 @@ def _tokenizer(source: str, options: dict[str, Any], file: GgufFile | None) -> A
         raise CtxoptError(
             f"{where} has no vocabulary: write it with save_gguf(..., tokenizer=), or use load_gguf"
         ) from error
+    if "gguf_file" in options:
+        return named_as_in(GgufFile(Path(source) / options["gguf_file"]), tokenizer)
+    return tokenizer
 
 
 def _packed(file: GgufFile, options: Mapping[str, Any], place: torch.device) -> tuple[Any, Any]:

@@ -66,6 +66,18 @@ def fixed(x, index, given, KIND: tl.constexpr, LIMIT: tl.constexpr, ASM: tl.cons
 
 
 @triton.jit  # type: ignore[untyped-decorator]
+def fixed_row(  # type: ignore[no-untyped-def]
+    x, index, some, m, rows, COLUMNS: tl.constexpr, TAKEN: tl.constexpr, KIND: tl.constexpr, LIMIT: tl.constexpr,
+    ASM: tl.constexpr,
+):  # fmt: skip
+    """`fixed` of row `some` + `m` of (rows, COLUMNS): pairs past its end, and rows past the last, count as zero."""
+    given = index < COLUMNS // 2
+    if TAKEN > 1:
+        given &= index * 0 + some + m < rows
+    return fixed(x, (some + m) * (COLUMNS // 2) + index, given, KIND, LIMIT, ASM)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
 def spread(words, CHUNKS: tl.constexpr):  # type: ignore[no-untyped-def]
     """(CHUNKS, 32) as eight tuples of four (CHUNKS, 1), in order: a thread has all words of its chunk."""
     parts = words.reshape(CHUNKS, 2, 2, 2, 4).permute(0, 4, 1, 2, 3)

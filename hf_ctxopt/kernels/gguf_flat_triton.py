@@ -11,8 +11,8 @@ from __future__ import annotations
 import triton
 from triton import language as tl
 
-from hf_ctxopt.kernels.gguf_fixed_triton import dot_eight, fixed, load_four_words, spread, spread_unit, sum_of
-from hf_ctxopt.kernels.gguf_parts_triton import fetch_ahead, half_of
+from hf_ctxopt.kernels.gguf_fixed_triton import dot_eight, fixed_row, load_four_words, spread, spread_unit, sum_of
+from hf_ctxopt.kernels.gguf_parts_triton import at_eighth_byte, half_of, row_starts, store_rows, wait_for_activations
 
 LIMIT = tl.constexpr(32767.0)  # 32 products of this and 128 stay below 2^31
 LOW = tl.constexpr(0x0F0F0F0F)
@@ -103,13 +103,9 @@ def matmul_flat(  # type: ignore[no-untyped-def]
     STEPS: tl.constexpr = (BLOCKS + 2 * CHUNKS - 1) // (2 * CHUNKS)
     some = tl.program_id(1) * TAKEN
     tile = tl.program_id(0) * TILE
-    output = tl.arange(0, TILE)
-    # The program's first weight, at a multiple of 8 bytes, and the 16-bit words left over.
-    before = tile.to(tl.int64) * ROW
-    left_over = (before & 3).to(tl.int32)
-    packed += before - left_over
+    packed, left_over = at_eighth_byte(packed, tile, ROW)
     wide = packed.to(tl.pointer_type(tl.int64))
-    start = ((output if EVEN else tl.minimum(output, outputs - 1 - tile)) * ROW)[None, :]
+    start = row_starts(tile, outputs, ROW, TILE, EVEN)[None, :]
     result = tl.zeros((TAKEN, TILE), tl.float32)
     for step in tl.range(STEPS):
         chunk = step * CHUNKS + tl.arange(0, CHUNKS)
@@ -118,21 +114,13 @@ def matmul_flat(  # type: ignore[no-untyped-def]
         head = (left_over + tl.minimum(2 * chunk + 1, BLOCKS - 1) * WORDS)[:, None]
         far, far_factor, far_minimum = _codes(packed, wide, head, start, BITS, AFFINE, ALIGNED, ASM)
         if EARLY:
-            if AHEAD:
-                fetch_ahead(packed.to(tl.int64) + 2 * left_over, tile, outputs, ROW * 2, TILE, AHEAD, WARPS)
-            tl.extra.cuda.gdc_wait()
+            wait_for_activations(packed.to(tl.int64) + 2 * left_over, tile, outputs, ROW * 2, TILE, AHEAD, WARPS)
         index = chunk[:, None] * 32 + tl.arange(0, 32)[None, :]
         for m in tl.range(TAKEN):
-            given = index < COLUMNS // 2
-            if TAKEN > 1:
-                given &= index * 0 + some + m < rows
-            words, unit = fixed(x, (some + m) * (COLUMNS // 2) + index, given, KIND, LIMIT, ASM)
+            words, unit = fixed_row(x, index, some, m, rows, COLUMNS, TAKEN, KIND, LIMIT, ASM)
             x0, x1, x2, x3, x4, x5, x6, x7 = spread(words, CHUNKS)
             done = _product(near, near_factor, near_minimum, x0, x1, x2, x3, BITS, AFFINE, ASM)
             done += _product(far, far_factor, far_minimum, x4, x5, x6, x7, BITS, AFFINE, ASM)
             done = tl.sum(done * spread_unit(unit, CHUNKS), 0)
             result += tl.where(tl.arange(0, TAKEN)[:, None] == m, done[None, :], 0.0)
-    row = some + tl.arange(0, TAKEN)
-    place_out = row[:, None].to(tl.int64) * outputs + (tile + output)[None, :]
-    fits = tile + output < outputs
-    tl.store(out + place_out, result.to(out.dtype.element_ty), mask=(row < rows)[:, None] & fits[None, :])
+    store_rows(out, result, some, tile, rows, outputs, TAKEN, TILE)

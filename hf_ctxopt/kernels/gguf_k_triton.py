@@ -12,8 +12,8 @@ from __future__ import annotations
 import triton
 from triton import language as tl
 
-from hf_ctxopt.kernels.gguf_fixed_triton import dot_eight, fixed, halves, spread, spread_unit, sum_of
-from hf_ctxopt.kernels.gguf_parts_triton import fetch_ahead, half_of, split_four
+from hf_ctxopt.kernels.gguf_fixed_triton import dot_eight, fixed_row, halves, spread, spread_unit, sum_of
+from hf_ctxopt.kernels.gguf_parts_triton import half_of, row_starts, split_four, store_rows, wait_for_activations
 
 LIMIT = tl.constexpr(32767.0)  # two groups of Q4_K's 32 products of 15, this and 63 stay below 2^31
 LOW, HIGH = tl.constexpr(0x0F0F0F0F), tl.constexpr(-0x0F0F0F10)  # low and high nibbles
@@ -75,16 +75,14 @@ def matmul_k(  # type: ignore[no-untyped-def]
     STEPS: tl.constexpr = (ALL + CHUNKS - 1) // CHUNKS
     some = tl.program_id(1) * TAKEN
     tile = tl.program_id(0) * TILE
-    output = tl.arange(0, TILE)
     packed += tile.to(tl.int64) * (BLOCKS * WORDS)
-    # An output or a chunk too many reads the last one again: a mask would cost more than the loads it saves.
-    start = (output if EVEN else tl.minimum(output, outputs - 1 - tile)) * (BLOCKS * WORDS)
+    start = row_starts(tile, outputs, BLOCKS * WORDS, TILE, EVEN)
     inner = tl.arange(0, 4)[None, None, :]
     result = tl.zeros((TAKEN, TILE), tl.float32)
     for step in tl.range(STEPS):
         first = step * CHUNKS
         chunk = first + tl.arange(0, CHUNKS)
-        if ALL % CHUNKS:
+        if ALL % CHUNKS:  # a chunk too many reads the last one again, as `row_starts`
             chunk = tl.minimum(chunk, ALL - 1)
         pair = (chunk % 4)[:, None]
         # Pointers are summed in this order so that those of the outputs differ by constants.
@@ -109,15 +107,10 @@ def matmul_k(  # type: ignore[no-untyped-def]
         minima = ((b >> upper) & mask) | ((c >> (half + 4)) & lower)
         six = halves(scales, minima, ASM)
         if EARLY:
-            if AHEAD:
-                fetch_ahead(packed.to(tl.int64), tile, outputs, BLOCKS * WORDS * 4, TILE, AHEAD, WARPS)
-            tl.extra.cuda.gdc_wait()  # weights do not depend on the kernel before this one, activations do
+            wait_for_activations(packed.to(tl.int64), tile, outputs, BLOCKS * WORDS * 4, TILE, AHEAD, WARPS)
         for m in tl.range(TAKEN):
             index = first * 32 + tl.arange(0, CHUNKS)[:, None] * 32 + tl.arange(0, 32)[None, :]
-            given = index < COLUMNS // 2
-            if TAKEN > 1:
-                given &= index * 0 + some + m < rows
-            words, unit = fixed(x, (some + m) * (COLUMNS // 2) + index, given, KIND, LIMIT, ASM)
+            words, unit = fixed_row(x, index, some, m, rows, COLUMNS, TAKEN, KIND, LIMIT, ASM)
             x0, x1, x2, x3, x4, x5, x6, x7 = spread(words, CHUNKS)
             low_sum = sum_of(x0, x1, ASM) + sum_of(x2, x3, ASM)
             high_sum = sum_of(x4, x5, ASM) + sum_of(x6, x7, ASM)
@@ -135,7 +128,4 @@ def matmul_k(  # type: ignore[no-untyped-def]
             done = half_of(factors) * product - half_of(factors >> 16) * less.to(tl.float32)
             done = tl.sum(done * spread_unit(unit, CHUNKS), 0)
             result += tl.where(tl.arange(0, TAKEN)[:, None] == m, done[None, :], 0.0)
-    row = some + tl.arange(0, TAKEN)
-    place_out = row[:, None].to(tl.int64) * outputs + (tile + output)[None, :]
-    fits = tile + output < outputs
-    tl.store(out + place_out, result.to(out.dtype.element_ty), mask=(row < rows)[:, None] & fits[None, :])
+    store_rows(out, result, some, tile, rows, outputs, TAKEN, TILE)

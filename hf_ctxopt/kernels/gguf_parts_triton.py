@@ -1,4 +1,5 @@
-"""What the kernels over GGUF blocks share: loads of activations, words of a thread, fp16 factors, fetching ahead."""
+"""What the kernels over GGUF blocks share: a program's rows, loads of activations, words of a thread, fp16 factors,
+fetching ahead, the result."""
 
 from __future__ import annotations
 
@@ -81,3 +82,40 @@ def fetch_ahead(  # type: ignore[no-untyped-def]
         """,
         "=r,l,r", [address + place, tl.minimum(left - place, EACH)], dtype=tl.int32, is_pure=False, pack=1,
     )  # fmt: skip
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def wait_for_activations(  # type: ignore[no-untyped-def]
+    first, tile, outputs, ROW: tl.constexpr, TILE: tl.constexpr, AHEAD: tl.constexpr, WARPS: tl.constexpr
+):
+    """Of a program that starts early, once its weights are asked for: they do not depend on the kernel before this
+    one, activations do. Arguments as of `fetch_ahead`; none is fetched ahead if `AHEAD` is 0."""
+    if AHEAD:
+        fetch_ahead(first, tile, outputs, ROW, TILE, AHEAD, WARPS)
+    tl.extra.cuda.gdc_wait()
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def row_starts(tile, outputs, ROW: tl.constexpr, TILE: tl.constexpr, EVEN: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Where the rows of a program begin, from its first one, (TILE,). An output too many reads the last row again: a
+    mask would cost more than the loads it saves."""
+    output = tl.arange(0, TILE)
+    return (output if EVEN else tl.minimum(output, outputs - 1 - tile)) * ROW
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def at_eighth_byte(packed, tile, ROW: tl.constexpr):  # type: ignore[no-untyped-def]
+    """A program's first row of 16-bit words: the last multiple of 8 bytes not after it, and the words left over."""
+    before = tile.to(tl.int64) * ROW
+    left_over = (before & 3).to(tl.int32)
+    return packed + (before - left_over), left_over
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def store_rows(out, result, some, tile, rows, outputs, TAKEN: tl.constexpr, TILE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Writes a program's (TAKEN, TILE) at row `some` and output `tile` of (rows, outputs)."""
+    row = some + tl.arange(0, TAKEN)
+    output = tl.arange(0, TILE)
+    place = row[:, None].to(tl.int64) * outputs + (tile + output)[None, :]
+    fits = tile + output < outputs
+    tl.store(out + place, result.to(out.dtype.element_ty), mask=(row < rows)[:, None] & fits[None, :])

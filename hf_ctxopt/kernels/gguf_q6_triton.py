@@ -12,8 +12,8 @@ from __future__ import annotations
 import triton
 from triton import language as tl
 
-from hf_ctxopt.kernels.gguf_fixed_triton import dot_eight, fixed, load_four_words, spread, spread_unit, sum_of
-from hf_ctxopt.kernels.gguf_parts_triton import fetch_ahead, half_of
+from hf_ctxopt.kernels.gguf_fixed_triton import dot_eight, fixed_row, load_four_words, spread, spread_unit, sum_of
+from hf_ctxopt.kernels.gguf_parts_triton import at_eighth_byte, half_of, row_starts, store_rows, wait_for_activations
 
 LIMIT = tl.constexpr(16383.0)  # two groups' 16 products of 32, this and 128 stay below 2^31
 
@@ -81,13 +81,9 @@ def matmul_q6(  # type: ignore[no-untyped-def]
     STEPS: tl.constexpr = (ALL + CHUNKS - 1) // CHUNKS
     some = tl.program_id(1) * TAKEN
     tile = tl.program_id(0) * TILE
-    output = tl.arange(0, TILE)
-    # The program's first weight, at a multiple of 8 bytes, and the 16-bit words left over.
-    before = tile.to(tl.int64) * ROW
-    left_over = (before & 3).to(tl.int32)
-    packed += before - left_over
+    packed, left_over = at_eighth_byte(packed, tile, ROW)
     wide = packed.to(tl.pointer_type(tl.int64))
-    start = ((output if EVEN else tl.minimum(output, outputs - 1 - tile)) * ROW)[None, :]
+    start = row_starts(tile, outputs, ROW, TILE, EVEN)[None, :]
     result = tl.zeros((TAKEN, TILE), tl.float32)
     for step in tl.range(STEPS):
         all_chunks = step * CHUNKS + tl.arange(0, CHUNKS)
@@ -104,18 +100,13 @@ def matmul_q6(  # type: ignore[no-untyped-def]
         s2, s3 = _scale(scales + 2, shift), _scale(scales + 3, shift)
         factor = half_of(tl.load(packed + head + start + 104).to(tl.int32))
         if EARLY:
-            if AHEAD:
-                fetch_ahead(packed.to(tl.int64) + 2 * left_over, tile, outputs, ROW * 2, TILE, AHEAD, WARPS)
-            tl.extra.cuda.gdc_wait()
+            wait_for_activations(packed.to(tl.int64) + 2 * left_over, tile, outputs, ROW * 2, TILE, AHEAD, WARPS)
         # A chunk's four groups lie 32 activations apart.
         k = tl.arange(0, 32)[None, :]
         base = (all_chunks // 2 * 64 + all_chunks % 2 * 8)[:, None]
         index = base + k // 8 * 16 + k % 8
         for m in tl.range(TAKEN):
-            given = index < COLUMNS // 2
-            if TAKEN > 1:
-                given &= index * 0 + some + m < rows
-            words, unit = fixed(x, (some + m) * (COLUMNS // 2) + index, given, KIND, LIMIT, ASM)
+            words, unit = fixed_row(x, index, some, m, rows, COLUMNS, TAKEN, KIND, LIMIT, ASM)
             x0, x1, x2, x3, x4, x5, x6, x7 = spread(words, CHUNKS)
             # Codes have a surplus of 32: the sums start at what that adds, negated.
             zeros = tl.zeros((CHUNKS, TILE), tl.int32)
@@ -130,7 +121,4 @@ def matmul_q6(  # type: ignore[no-untyped-def]
             product = (d0 * s0 + d1 * s1).to(tl.float32) + (d2 * s2 + d3 * s3).to(tl.float32)
             done = tl.sum(factor * product * spread_unit(unit, CHUNKS), 0)
             result += tl.where(tl.arange(0, TAKEN)[:, None] == m, done[None, :], 0.0)
-    row = some + tl.arange(0, TAKEN)
-    place_out = row[:, None].to(tl.int64) * outputs + (tile + output)[None, :]
-    fits = tile + output < outputs
-    tl.store(out + place_out, result.to(out.dtype.element_ty), mask=(row < rows)[:, None] & fits[None, :])
+    store_rows(out, result, some, tile, rows, outputs, TAKEN, TILE)

@@ -29,6 +29,7 @@ _SIZES = ("feed_forward_length", "attention.key_length", "attention.value_length
           "rope.scaling.original_context_length")  # fmt: skip
 _SCALES = ("rope.scaling.factor", "rope.scaling.yarn_beta_fast", "rope.scaling.yarn_beta_slow")
 _EPSILONS = ("attention.layer_norm_rms_epsilon", "attention.layer_norm_epsilon")
+_COUNTS = ("expert_count", "expert_used_count", "expert_feed_forward_length", "expert_shared_feed_forward_length")
 _UNKNOWN = re.compile(r"not supported|[Uu]nrecognized")  # of transformers, about an architecture
 _BAD = (ValueError, TypeError, ArithmeticError, LookupError, AttributeError, RuntimeError, StrictDataclassError)
 
@@ -55,6 +56,10 @@ def check_metadata(file: GgufFile) -> None:
         value = _value(file, key)
         if value is not None and not (_number(value) and 0 <= value < 1):  # type: ignore[operator]
             _fail(file, f"{key} is {value!r}; allowed is a number from 0 to 1")
+    for key in _COUNTS:
+        value = _value(file, key)
+        if value is not None and (type(value) is not int or value < 0):
+            _fail(file, f"{key} is {value!r}; allowed is an integer that is not negative")
     _check_rotary(file)
 
 
@@ -80,6 +85,9 @@ def _check_rotary(file: GgufFile) -> None:
     base = _value(file, "rope.freq_base")
     if base is not None and not (_number(base) and base > 0):  # type: ignore[operator]
         _fail(file, f"rope.freq_base is {base!r}; allowed is a positive number")
+    kind = _value(file, "rope.scaling.type")
+    if kind is not None and not isinstance(kind, str):
+        _fail(file, f"rope.scaling.type is {kind!r}; allowed is a name")
     for key in _SCALES:
         value = _value(file, key)
         if value is not None and not (_number(value) and value >= 0):  # type: ignore[operator]

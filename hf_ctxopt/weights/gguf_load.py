@@ -21,6 +21,7 @@ from .gguf_complete import complete, refuse
 from .gguf_file import GgufFile, need_gguf
 from .gguf_names import NamedTensor, named_tensors
 from .gguf_rope import FREQUENCIES, scaling_in
+from .gguf_vocabulary import named_as_in
 from .mixes import MIXES
 from .precise import left_dense
 from .selection import is_embedding, is_linear
@@ -185,7 +186,8 @@ def _tokenizer(file: GgufFile) -> Any:
     if "tokenizer.ggml.model" not in file.metadata:
         return None
     try:
-        return AutoTokenizer.from_pretrained(place.parent, gguf_file=place.name, local_files_only=True)
+        read = AutoTokenizer.from_pretrained(place.parent, gguf_file=place.name, local_files_only=True)
+        return named_as_in(file, read)
     except (ValueError, KeyError, AttributeError, NotImplementedError, ImportError) as error:
         logger.warning("%s: transformers cannot read its tokenizer: %s", place, error)
         return None

@@ -1,4 +1,4 @@
-"""A fast tokenizer's vocabulary as `.gguf` files hold it.
+"""A fast tokenizer's vocabulary as `.gguf` files hold it, and the special tokens that they name.
 
 Byte-level BPE (GPT-2, Llama-3, Qwen) is kept as tokens and merges; BPE made of a SentencePiece model (Llama-2, Gemma,
 Mistral) as tokens, scores and merges. Source: llama.cpp `gguf-py/gguf/vocab.py` and `constants.py` (`TokenType`).
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import UnsupportedModelError
+from .gguf_file import GgufFile
 
 NORMAL, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 3, 4, 5, 6
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>$")
@@ -49,6 +50,21 @@ class Vocabulary:
             writer.add_token_merges(self.merges)
         if self.template is not None:
             writer.add_chat_template(self.template)
+
+
+def named_as_in(file: GgufFile, tokenizer: Any) -> Any:
+    """`tokenizer`, which transformers read from `file`, with the special tokens that the file names.
+
+    transformers 5.17 gives Llama's and its like the first token of a text for the last one, and no token to pad with.
+    """
+    for key, name in _TOKENS.items():
+        number = file.metadata.get(f"tokenizer.ggml.{key}_token_id")
+        text = (
+            tokenizer.convert_ids_to_tokens(number) if type(number) is int and 0 <= number < len(tokenizer) else None
+        )
+        if text is not None and getattr(tokenizer, name.removesuffix("_id")) != text:
+            setattr(tokenizer, name.removesuffix("_id"), text)
+    return tokenizer
 
 
 def vocabulary_of(tokenizer: Any, size: int) -> Vocabulary:

@@ -19,6 +19,8 @@ from .experts import GgufExperts, experts_part
 from .linear import GgufEmbedding, GgufLinear
 from .merging import guard_merging
 from .selection import replacement, types_of
+from .stored import method_of
+from .told import tell
 
 logger = logging.getLogger(__name__)
 
@@ -83,6 +85,7 @@ def quantize_(
         config = _together(before, config)
     model.config.quantization_config = config
     mark_dtype(model, dtype)
+    tell(model)
     _announce(model, config)
     return model
 
@@ -134,9 +137,7 @@ def _stored(model: Any) -> GgufQuantConfig | None:
     stored = getattr(model.config, "quantization_config", None)
     if isinstance(stored, GgufQuantConfig):
         return stored
-    values = stored if isinstance(stored, dict) else vars(stored) if stored is not None else {}
-    method = values.get("quant_method")
-    method = getattr(method, "value", method)
+    method, _ = method_of(stored)
     # transformers 5.24 leaves its mark of a .gguf file on models that it has unpacked, too.
     packed = any(part.dim() > 1 and not part.is_floating_point() for part in model.parameters())
     if packed or method not in (None, "gguf"):

@@ -96,23 +96,26 @@ class GgufEmbedding(_Packed):
         num_embeddings, embedding_dim: as of `nn.Embedding`.
         type: key of `BLOCKS`.
         dtype: of the result; follows `module.to(dtype)` as a dense weight's would.
-        scale: what the result is multiplied by (Gemma), rounded to `dtype` first as transformers does.
+        scale: what the result is multiplied by (Gemma, BART).
         padding_idx: kept for whoever asks for it; its row is decoded like any other.
         packed: see `_Packed`.
+        rounded: the scale is rounded to `dtype` first, as where transformers keeps it in a tensor (Gemma).
     """
 
     def __init__(
         self, num_embeddings: int, embedding_dim: int, type: str, dtype: torch.dtype, scale: float | None = None,
-        padding_idx: int | None = None, packed: bool = True,
+        padding_idx: int | None = None, packed: bool = True, rounded: bool = True,
     ) -> None:  # fmt: skip
         super().__init__(num_embeddings, embedding_dim, type, packed)
         self.num_embeddings, self.embedding_dim, self.padding_idx = num_embeddings, embedding_dim, padding_idx
-        self.dtype, self.scale = dtype, scale
+        self.dtype, self.scale, self.rounded = dtype, scale, rounded
 
     def forward(self, ids: Tensor) -> Tensor:
         """(...) to (..., embedding_dim)."""
         rows = _decoded(self.packed()[ids], self.block_type, self.dtype)
-        return rows if self.scale is None else rows * torch.tensor(self.scale, dtype=self.dtype).item()
+        if self.scale is None:
+            return rows
+        return rows * (torch.tensor(self.scale, dtype=self.dtype).item() if self.rounded else self.scale)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> GgufEmbedding:
         """torch's door for `to`, `half` …: the blocks keep their dtype, what is decoded takes the new one."""

@@ -36,7 +36,10 @@ class PackOp(ConversionOps):
             if type is None:  # beside one that is
                 found[full] = weight
                 continue
-            found[full] = encode_searched(weight.T if getattr(module, "transposed", False) else weight, type)
+            try:
+                found[full] = encode_searched(weight.T if getattr(module, "transposed", False) else weight, type)
+            except ConfigError as error:  # transformers would catch it, and end in an error that names nothing
+                self.hf_quantizer.refused.append(ConfigError(full, error.value, error.allowed))
             # Not the pages of experts, which were put together from several tensors: nobody knows those here.
             release(weight, self.hf_quantizer.files)
         return found

@@ -34,6 +34,9 @@ _GUARDS = {
     ("BloomAttention", "dense"): "slow_but_exact",
     ("BloomMLP", "dense_4h_to_h"): "slow_but_exact",
 }
+# Mark of a weight that is read by way of a local name: of a block in a loop (RWKV's outputs, which are rescaled), or
+# of an argument (DeBERTa's embedding). Any module may be meant that is called so, or as what follows the name.
+_ANYWHERE = "*"
 _LIBRARIES = ("torch", "builtins", "transformers.modeling_utils", "transformers.generation", "transformers.utils")
 
 
@@ -58,15 +61,17 @@ def left_dense(model: nn.Module) -> set[str]:
         kind: Any = type(module)
         for path in _read(kind):
             key = _GUARDS.get((kind.__name__, path))
-            if key is None or getattr(text, key, True):
+            if path.startswith(_ANYWHERE):
+                found.update(name for name in leaves if f".{name}".endswith(path.removeprefix(_ANYWHERE)))
+            elif key is None or getattr(text, key, True):
                 found.add(f"{owner}.{path}" if owner else path)
     return with_tied(model, found & leaves)
 
 
 @functools.lru_cache(1024)
 def _read(kind: type[Any]) -> frozenset[str]:
-    """Paths, from a module of `kind`, of the modules whose weight its code uses itself, or whose dtype without minding
-    uint8."""
+    """Paths, from a module of `kind` or with `_ANYWHERE`, of the modules whose weight its code uses itself, or whose
+    dtype without minding uint8."""
     found: set[str] = set()
     for code in _sources(kind):
         read = set(re.findall(r"self\.([\w.]+)\.weight\.dtype", code))
@@ -105,8 +110,13 @@ def _used(code: str) -> Iterator[str]:
         if not (isinstance(node, ast.Attribute) and node.attr == "weight" and isinstance(node.ctx, ast.Load)):
             continue
         path = ast.unparse(node.value)
-        if re.fullmatch(r"self\.[\w.]+", path) and not _harmless(above[node]):
-            yield path.removeprefix("self.")
+        if _harmless(above[node]) or not re.fullmatch(r"[\w.]+", path):
+            continue
+        name, _, rest = path.partition(".")
+        if name != "self":
+            yield f"{_ANYWHERE}.{rest or name}"
+        elif rest:
+            yield rest
 
 
 def _harmless(use: ast.AST) -> bool:

@@ -11,11 +11,14 @@ from transformers.quantizers.quantizers_utils import get_module_from_name
 
 from ..errors import ConfigError, UnsupportedModelError
 from .blocks import BLOCKS
+from .checkpoint import settle, types_in
+from .conversions import keep_apart, without_mixed
 from .dtype_mark import mark_dtype
 from .experts import packed_type
 from .mapped import real_paths
 from .merging import guard_merging
 from .selection import expect_, types_of
+from .told import tell
 
 
 class GgufQuantizer(HfQuantizer):
@@ -24,6 +27,8 @@ class GgufQuantizer(HfQuantizer):
     requires_calibration = False
     files: frozenset[str] = frozenset()  # what is loaded from; the loader's views of them are nobody else's
     dtype = torch.float32  # of the model, once it is being loaded
+    loading: Any = None  # the model, while it is
+    refused: list[ConfigError]  # weights that could not be packed
 
     def _process_model_before_weight_loading(self, model: Any, checkpoint_files: Any = None, **kwargs: Any) -> None:
         config: Any = self.quantization_config
@@ -34,16 +39,23 @@ class GgufQuantizer(HfQuantizer):
             unknown = sorted(set(config.types.values()) - set(BLOCKS))
             if unknown:
                 raise ConfigError("quantization_config.types", unknown, ", ".join(BLOCKS))
+            config.types = types_in(model, config.types)
         else:
             config.types = types_of(model, config.choice())
         dtype = getattr(model.config, "dtype", None) or torch.get_default_dtype()
         expect_(model, config.types, dtype, packed=self.pre_quantized)
         self.dtype = dtype
+        self.loading, self.refused = model, []
         model.config.quantization_config = config
         guard_merging()
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        self.loading = None
+        if self.refused:
+            raise self.refused[0]
+        settle(model)
         mark_dtype(model, self.dtype)
+        tell(model)
         return model
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
@@ -64,6 +76,17 @@ class GgufQuantizer(HfQuantizer):
         from .pack_op import PackOp
 
         return PackOp(self)
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: Any = None) -> list[Any]:
+        """Which tensors of the checkpoint are cut into several; 5.17 does not say of which model."""
+        model = self.loading if model is None else model
+        found = [*weight_conversions, *self.get_weight_conversions()]  # type: ignore[no-untyped-call]
+        return without_mixed(found, model) if self.pre_quantized else found
+
+    def get_state_dict_and_metadata(self, model: Any) -> tuple[None, dict[str, str]]:
+        """transformers asks before it saves; its own way of saving serves."""
+        keep_apart(model)
+        return None, {}
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
         """`save_pretrained` writes the blocks."""

@@ -51,8 +51,9 @@ _BY_NAME = {name: role for role, names in NAMES.items() for name in names}
 _PLACES = tuple((re.compile(pattern), role) for pattern, role in PLACES)
 _LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks|block)\.(\d+)\.")
 # Never quantized (`tensor_allows_quantization`): norms, routers, short convolutions, positions, state-space terms.
+# A model's own name says nothing of its parts (`roberta_prelayernorm.encoder…`).
 _KEPT = re.compile(
-    r"norm|ln_|layernorm|(^|\.)gate$|router|shared_expert_gate|conv1d|conv\.conv|wpe|embed_positions|position_emb"
+    r"norm[^.]*$|\..*norm|ln_|(^|\.)gate$|router|shared_expert_gate|conv1d|conv\.conv|wpe|embed_positions|position_emb"
     r"|altup|laurel|per_layer_model_projection|relative_attention_bias|patch_emb|A_log|dt_bias|(^|\.)D$"
 )
 

@@ -80,8 +80,15 @@ def is_linear(module: nn.Module) -> bool:
 
 
 def is_embedding(module: nn.Module) -> bool:
-    """Whether a packed embedding can take its place: plain ones, and Gemma's that scale what they give."""
-    return type(module) is nn.Embedding or (isinstance(module, nn.Embedding) and hasattr(module, "embed_scale"))
+    """Whether a packed embedding can take its place: plain ones, and Gemma's that scale what they give.
+
+    Not one with more parameters, as T5Gemma 2's, which has a row of its own for the end of an image.
+    """
+    if not isinstance(module, nn.Embedding) or module.max_norm is not None:
+        return False
+    if type(module) is nn.Embedding:
+        return True
+    return hasattr(module, "embed_scale") and [name for name, _ in module.named_parameters()] == ["weight"]
 
 
 def types_of(model: nn.Module, choice: Choice) -> dict[str, str]:
@@ -148,10 +155,12 @@ def expect_(model: nn.Module, types: Mapping[str, str], dtype: torch.dtype, pack
         packed: see `linear.py`.
 
     Raises:
-        ConfigError: columns that do not fit a type's block.
+        ConfigError: columns that do not fit a type's block, a type for a module that is no linear or embedding.
     """
     for name, type in types.items():
         experts = experts_part(model, name)
+        if experts is None and not (is_linear(place := model.get_submodule(name)) or is_embedding(place)):
+            raise ConfigError("quantization_config.types", name, "linears and embeddings, or parameters of experts")
         with torch.device("meta"):
             if experts is not None:
                 owner, module, part = experts
@@ -178,13 +187,24 @@ def _share(model: nn.Module, found: dict[str, str], forced: Mapping[str, str]) -
 
 
 def replacement(module: nn.Module, type: str, dtype: torch.dtype, packed: bool) -> GgufLinear | GgufEmbedding:
-    """An empty packed module in the place of `module`, on the current default device."""
+    """An empty packed module in the place of `module`, on the current default device.
+
+    It counts as initialized: transformers would draw values for one whose weight no checkpoint has, and cannot draw
+    blocks (`settle` finds such weights).
+    """
+    new = _replacement(module, type, dtype, packed)
+    new._is_hf_initialized = True  # type: ignore[assignment]
+    return new
+
+
+def _replacement(module: nn.Module, type: str, dtype: torch.dtype, packed: bool) -> GgufLinear | GgufEmbedding:
     if isinstance(module, nn.Embedding):
         scale = getattr(module, "scalar_embed_scale", None)
         if scale is None and hasattr(module, "embed_scale"):
             scale = float(module.embed_scale)  # type: ignore[arg-type]
+        rounded = isinstance(getattr(module, "embed_scale", None), torch.Tensor)
         return GgufEmbedding(
-            module.num_embeddings, module.embedding_dim, type, dtype, scale, module.padding_idx, packed
+            module.num_embeddings, module.embedding_dim, type, dtype, scale, module.padding_idx, packed, rounded
         )
     if isinstance(module, Conv1D):  # GPT-2's linear, whose dense weight is (inputs, outputs)
         new = GgufLinear(module.nx, module.nf, True, type, packed)

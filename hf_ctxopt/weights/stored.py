@@ -51,6 +51,8 @@ def method_of(stored: Any) -> tuple[str | None, str | None]:
         raise ConfigError("quantization_config", stored, "a dictionary with a quant_method")
     values = stored if isinstance(stored, dict) else vars(stored)
     method = values.get("quant_method")
+    if method is None:
+        return None, None
     return str(getattr(method, "value", method)), values.get("mix") if method == METHOD else None
 
 

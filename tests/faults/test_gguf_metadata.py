@@ -77,6 +77,17 @@ BAD_KEYS = [
     ),
     *((f"eps={value}", {"attention.layer_norm_epsilon": value}) for value in (float("nan"), -1.0, float("inf"))),
     *((f"key={value}", {"attention.key_length": value}) for value in (1, 32, 1 << 31)),
+    *(
+        (f"{key}={value}", {key: value})
+        for key, value in (
+            ("rope.scaling.type", [1, 2]),
+            ("rope.scaling.type", 7),
+            ("expert_count", [4, 4]),
+            ("expert_count", "x"),
+            ("expert_feed_forward_length", [4, 4]),
+            ("expert_used_count", -1),
+        )
+    ),
     ("value=8", {"attention.value_length": 8}),
     ("epsilon", {"attention.layer_norm_epsilon": "x", "vocab_size": "many"}),
 ]

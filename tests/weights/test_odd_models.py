@@ -11,25 +11,22 @@ import pytest
 import torch
 from torch import nn
 from transformers import (
-    BartConfig,
     BartForConditionalGeneration,
-    BloomConfig,
     BloomForCausalLM,
-    FalconConfig,
     FalconForCausalLM,
-    FSMTConfig,
+    FalconMambaForCausalLM,
     FSMTForConditionalGeneration,
     Gemma4Config,
     Gemma4ForConditionalGeneration,
     GPT2Config,
     GPT2LMHeadModel,
-    MambaConfig,
     MambaForCausalLM,
-    ProphetNetConfig,
     ProphetNetForConditionalGeneration,
-    T5Config,
+    RobertaPreLayerNormForCausalLM,
+    RwkvForCausalLM,
     T5ForConditionalGeneration,
 )
+from transformers.models.bart.modeling_bart import BartScaledWordEmbedding
 from transformers.pytorch_utils import Conv1D
 
 import hf_ctxopt
@@ -39,91 +36,79 @@ from hf_ctxopt.weights.dtype_mark import mark_dtype
 from hf_ctxopt.weights.gguf_load import load_gguf
 from hf_ctxopt.weights.linear import GgufEmbedding, GgufLinear
 from hf_ctxopt.weights.matmul import gguf_matmul
-from hf_ctxopt.weights.selection import Choice, types_of
+from hf_ctxopt.weights.roles import kept
+from hf_ctxopt.weights.selection import Choice, is_embedding, replacement, types_of
 from hf_ctxopt.weights.sizes import weights_of
 from tests.weights.test_gguf_names import SMALL, write
 
 IDS = torch.arange(3, 15).view(1, -1)
 
 
-def t5(**changes: Any) -> T5ForConditionalGeneration:
+def built(kind: Any, **values: Any) -> Any:
+    """A small model of a class."""
     torch.manual_seed(0)
-    config = T5Config(
-        vocab_size=128, d_model=256, d_kv=64, d_ff=256, num_layers=2, num_heads=4, decoder_start_token_id=0, **changes
-    )
-    return spread(T5ForConditionalGeneration(config))
+    return spread(kind(kind.config_class(**{"vocab_size": 128, **values})))
+
+
+# Of a model with encoder and decoder, as most call them.
+PAIR: dict[str, int] = {
+    "d_model": 64, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64, "max_position_embeddings": 64,
+}  # fmt: skip
+
+
+def t5(**changes: Any) -> T5ForConditionalGeneration:
+    sizes = {"d_model": 256, "d_kv": 64, "d_ff": 256, "num_layers": 2, "num_heads": 4, "decoder_start_token_id": 0}
+    return built(T5ForConditionalGeneration, **sizes, **changes)
 
 
 def mamba(tied: bool) -> MambaForCausalLM:
-    torch.manual_seed(0)
-    config = MambaConfig(
-        vocab_size=128, hidden_size=256, state_size=8, num_hidden_layers=2, tie_word_embeddings=tied
-    )  # fmt: skip
-    return spread(MambaForCausalLM(config))
+    return built(MambaForCausalLM, hidden_size=256, state_size=8, num_hidden_layers=2, tie_word_embeddings=tied)
 
 
 def bart() -> BartForConditionalGeneration:
-    torch.manual_seed(0)
-    config = BartConfig(
-        vocab_size=128, d_model=256, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4,
-        decoder_attention_heads=4, encoder_ffn_dim=256, decoder_ffn_dim=256, max_position_embeddings=64,
-    )  # fmt: skip
-    return spread(BartForConditionalGeneration(config))
+    wide = {"d_model": 256, "encoder_layers": 2, "decoder_layers": 2, "encoder_ffn_dim": 256, "decoder_ffn_dim": 256}
+    return built(BartForConditionalGeneration, **{**PAIR, **wide})
 
 
 def falcon() -> FalconForCausalLM:
-    torch.manual_seed(0)
-    config = FalconConfig(vocab_size=128, hidden_size=256, num_hidden_layers=2, num_attention_heads=4)
-    return spread(FalconForCausalLM(config))
+    return built(FalconForCausalLM, hidden_size=256, num_hidden_layers=2, num_attention_heads=4)
 
 
 def gpt2() -> GPT2LMHeadModel:
-    torch.manual_seed(0)
-    config = GPT2Config(vocab_size=128, n_embd=256, n_layer=2, n_head=4, n_positions=64)
-    return spread(GPT2LMHeadModel(config))
+    return built(GPT2LMHeadModel, n_embd=256, n_layer=2, n_head=4, n_positions=64)
 
 
 def fsmt() -> FSMTForConditionalGeneration:
-    torch.manual_seed(0)
-    config = FSMTConfig(
-        src_vocab_size=128, tgt_vocab_size=128, d_model=64, encoder_layers=1, decoder_layers=1, encoder_ffn_dim=64,
-        decoder_ffn_dim=64, encoder_attention_heads=4, decoder_attention_heads=4, max_position_embeddings=64,
-        use_cache=False,
-    )  # fmt: skip
-    return spread(FSMTForConditionalGeneration(config))
+    return built(FSMTForConditionalGeneration, src_vocab_size=128, tgt_vocab_size=128, use_cache=False, **PAIR)
 
 
 def prophetnet() -> ProphetNetForConditionalGeneration:
-    torch.manual_seed(0)
-    config = ProphetNetConfig(
-        vocab_size=128, hidden_size=64, num_encoder_layers=1, num_decoder_layers=1, encoder_ffn_dim=64,
-        decoder_ffn_dim=64, num_encoder_attention_heads=4, num_decoder_attention_heads=4, max_position_embeddings=64,
-    )  # fmt: skip
-    return spread(ProphetNetForConditionalGeneration(config))
+    renamed = {"encoder_layers": "num_encoder_layers", "decoder_layers": "num_decoder_layers",
+               "d_model": "hidden_size", "encoder_attention_heads": "num_encoder_attention_heads",
+               "decoder_attention_heads": "num_decoder_attention_heads"}  # fmt: skip
+    return built(ProphetNetForConditionalGeneration, **{renamed.get(name, name): size for name, size in PAIR.items()})
 
 
 def gemma4(own_embeddings: int = 32) -> Gemma4ForConditionalGeneration:
     """Gemma 4 with images, in its small form by default: embeddings of each layer's own."""
-    torch.manual_seed(0)
     text: dict[str, Any] = {
         "vocab_size": 128, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2,
         "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "global_head_dim": 16,
         "hidden_size_per_layer_input": own_embeddings, "vocab_size_per_layer_input": 128, "num_kv_shared_layers": 0,
         "layer_types": ["sliding_attention", "full_attention"], "pad_token_id": 0,
     }  # fmt: skip
+    torch.manual_seed(0)
     config = Gemma4Config(text_config=text, vision_config=None, audio_config=None)
     return spread(Gemma4ForConditionalGeneration(config))
 
 
+def rwkv() -> RwkvForCausalLM:
+    return built(RwkvForCausalLM, context_length=32, hidden_size=64, num_hidden_layers=2, rescale_every=1)
+
+
 def bloom(exact: bool) -> BloomForCausalLM:
-    torch.manual_seed(0)
-    return spread(
-        BloomForCausalLM(
-            BloomConfig(
-                vocab_size=128, hidden_size=64, n_layer=2, n_head=4, pretraining_tp=2, slow_but_exact=exact
-            )
-        )
-    )  # fmt: skip
+    return built(BloomForCausalLM, hidden_size=64, n_layer=2, n_head=4, pretraining_tp=2, slow_but_exact=exact)
 
 
 def spread(model: Any) -> Any:
@@ -186,6 +171,65 @@ def test_a_weight_that_the_model_s_code_takes_past_its_layer_stays_dense(build: 
     assert types
     assert not any(name.endswith(left) for name in types)
     as_decoded(model, dense)
+
+
+def test_a_weight_that_is_changed_in_a_loop_over_the_blocks_stays_dense() -> None:
+    """RWKV divides the outputs of its later blocks, in place, at the first step."""
+    model = rwkv()
+    dense = copy.deepcopy(model)
+    hf_ctxopt.quantize_(model, "Q8_0")
+    block = model.rwkv.blocks[1]
+    assert type(block.attention.output) is type(block.feed_forward.value) is nn.Linear
+    assert isinstance(block.attention.key, GgufLinear)
+    as_decoded(model, dense)
+
+
+def test_a_model_named_after_its_norms_is_packed() -> None:
+    model = built(
+        RobertaPreLayerNormForCausalLM, hidden_size=64, num_hidden_layers=1, num_attention_heads=4,
+        intermediate_size=64, max_position_embeddings=64, is_decoder=True,
+    )  # fmt: skip
+    types = types_of(model, Choice("Q8_0"))
+    assert "roberta_prelayernorm.encoder.layer.0.attention.self.query" in types
+    assert kept("model.layers.0.input_layernorm.mlp.fc1")
+    assert kept("norm.weight")
+
+
+def test_an_embedding_that_does_more_stays_dense() -> None:
+    class Marked(nn.Embedding):  # T5Gemma 2's
+        embed_scale = 2.0
+
+        def __init__(self) -> None:
+            super().__init__(8, 32)
+            self.own = nn.Parameter(torch.zeros(32))
+
+    assert is_embedding(nn.Embedding(8, 32))
+    assert not is_embedding(Marked())
+    assert not is_embedding(nn.Embedding(8, 32, max_norm=1.0))
+
+
+def test_a_scale_is_rounded_only_where_the_model_rounds_it() -> None:
+    """BART's is a plain number; the root of 96 in bfloat16 is off by 0.02 %, and the last digit with it."""
+    layer = BartScaledWordEmbedding(64, 96, None, embed_scale=96**0.5).to(torch.bfloat16)
+    new = replacement(layer, "Q8_0", torch.bfloat16, packed=True)
+    new.weight = nn.Parameter(encode(layer.weight.detach(), "Q8_0"), requires_grad=False)
+    layer.weight.data = new.dequantize(torch.bfloat16)
+    ids = torch.arange(64)
+    assert torch.equal(new(ids), layer(ids))
+
+
+def test_a_mixer_multiplies_alike_however_it_was_packed(tmp_path: Path) -> None:
+    """FalconMamba's code takes another, rougher way where its config says that it is quantized."""
+    kind = FalconMambaForCausalLM
+    dense = built(kind, hidden_size=64, state_size=8, num_hidden_layers=1, time_step_rank=4)
+    dense.to(torch.bfloat16).save_pretrained(tmp_path)
+    model = kind.from_pretrained(tmp_path)
+    hf_ctxopt.quantize_(model, "Q8_0")
+    loaded = kind.from_pretrained(tmp_path, quantization_config=hf_ctxopt.GgufQuantConfig("Q8_0"))
+    assert torch.equal(loaded(IDS).logits, model(IDS).logits)
+    for one in (model, loaded):
+        assert one.config._is_quantized  # FlashAttention's casts ask
+        assert not hasattr(one.backbone.layers[0].mixer.config, "_is_quantized")
 
 
 def test_code_that_a_setting_turns_on_keeps_nothing_dense_while_it_is_off() -> None:
