@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import platform
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -59,6 +60,38 @@ def test_real_and_random_blocks(type: str) -> None:
             size = x.abs() @ want.abs().T  # what rounding is measured by: terms may cancel
             error = (gguf.matmul(x, packed, type) - x.double() @ want.double().T).abs()
             assert bool((error <= 1e-5 * size + 1e-6).all()), (rows, float((error / size).max()))
+
+
+@needs_compiler
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="names x86 processors")
+@pytest.mark.parametrize("processor", ["haswell", "x86-64-v2"])
+def test_other_processors(processor: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without AVX-512, and without AVX2: other instructions, the same products."""
+    if processor == "haswell" and torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "NO AVX"):
+        pytest.skip("needs AVX2")
+    monkeypatch.setattr(build, "FLAGS", tuple(flag.replace("native", processor) for flag in build.FLAGS))
+    for type in BLOCKS:
+        packed, x = encode(torch.randn(9, 512), type), torch.randn(3, 512)
+        want = decode(packed, type)
+        torch.testing.assert_close(gguf.decode(packed, type), want, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(gguf.matmul(x, packed, type), x @ want.T, rtol=1e-5, atol=1e-4)
+
+
+@needs_compiler
+@pytest.mark.parametrize("size", [1e-40, 1e-30, 1e4, 1e36, torch.inf, torch.nan])
+def test_small_large_and_missing_activations(size: float) -> None:
+    packed = encode(torch.randn(5, 256), "Q4_K")
+    x = torch.randn(3, 256)
+    x[1, 7:200] *= size
+    got, want = gguf.matmul(x, packed, "Q4_K"), x @ decode(packed, "Q4_K").T
+    torch.testing.assert_close(got[[0, 2]], want[[0, 2]], rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(
+        got[1], want[1], rtol=1e-4, atol=1e-4 * min(1.0, float(x[1].abs().max())), equal_nan=True
+    )
+    x *= size
+    alone = gguf.matmul(x[:1], packed, "Q4_K")
+    want = x[:1] @ decode(packed, "Q4_K").T
+    torch.testing.assert_close(alone, want, rtol=1e-4, atol=1e-4 * size if size < torch.inf else 0.0, equal_nan=True)
 
 
 @needs_compiler

@@ -1,6 +1,6 @@
 """Compiles `attention.cpp` and `gguf.cpp` for this machine's processor, once, and loads them with ctypes.
 
-A library knows nothing of torch: plain pointers, a build of two seconds, no dependence on torch's ABI. It is kept in
+A library knows nothing of torch: plain pointers, a build of a few seconds, no dependence on torch's ABI. It is kept in
 `$CTXOPT_CACHE_DIR/native` (default `$XDG_CACHE_HOME/hf_ctxopt`), a folder that only its owner may write, under a
 name made of source, processor, compiler and flags: a home folder shared by unlike machines holds one for each.
 """
@@ -24,7 +24,7 @@ import torch
 
 SOURCE, GGUF_SOURCE = (Path(__file__).with_name(name) for name in ("attention.cpp", "gguf.cpp"))
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-fPIC", "-shared", "-w")
-_TIMEOUT = 120  # seconds; the build takes two on an idle machine
+_TIMEOUT = 120  # seconds; the build takes three on an idle machine
 
 logger = logging.getLogger(__name__)
 

@@ -43,7 +43,8 @@ def matmul(x: Tensor, packed: Tensor, type: str) -> Tensor:
         type: block type.
 
     Returns:
-        (rows, outputs) in x's dtype; products and sums are float32.
+        (rows, outputs) in x's dtype; products are those of float32 to a rounding of 2^-24 of the largest of 32
+        activations, sums are float32.
 
     Raises:
         ValueError: shapes that do not belong together.
@@ -52,7 +53,7 @@ def matmul(x: Tensor, packed: Tensor, type: str) -> Tensor:
     (rows, columns), outputs = x.shape, packed.shape[0]
     if packed.shape[1] * block != columns * nbytes:
         raise ValueError(f"{columns} columns of {type} are no {packed.shape[1]} bytes")
-    given, packed = x.detach().to(torch.float32).contiguous(), packed.contiguous()
+    given, packed = x.to(torch.float32).contiguous(), packed.contiguous()
     out = torch.empty(rows, outputs)
     gguf_library().ctxopt_gguf_matmul(
         number, given.data_ptr(), packed.data_ptr(), rows, columns, outputs, torch.get_num_threads(), out.data_ptr()
