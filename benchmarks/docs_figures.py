@@ -135,7 +135,8 @@ def packed_cpu(data: dict[str, Any]) -> str:
         [row["weights"], f"{row['bytes'] / 2**20:.0f}", f"{row['tokens_per_s']:.1f}", f"{row['speed_ratio']:.2f}"]
         for row in data["rows"]
     ]
-    below = f"SmolLM2-135M-Instruct, medians of {data['settings']['rounds']} rounds. {_where(data)}"
+    other = f"; llama-cpp-python {data['llama_cpp_python']} reads the same blocks" if data["llama_cpp_python"] else ""
+    below = f"SmolLM2-135M-Instruct, medians of {data['settings']['rounds']} rounds{other}. {_where(data)}"
     return _table(("weights", "MiB", "tokens per second", "speed ratio"), rows, below)
 
 

@@ -98,6 +98,11 @@ def _refuse_unwritten(config: Any, family: str, architecture: str) -> None:
         raise UnsupportedModelError(
             f"no .gguf is written for a {family} with query_pre_attn_scalar={scale}: it would be read as {read_back}"
         )
+    head = getattr(config, "head_dim", None)
+    if scale is not None and not wide and head != scale:
+        logger.warning(
+            "llama.cpp scales a %s's scores by its head size, %s, and not by %s as here", family, head, scale
+        )
     if family == "mistral" and getattr(config, "sliding_window", None):
         logger.warning("a Mistral is a llama in a .gguf file: its sliding window is not read back")
 

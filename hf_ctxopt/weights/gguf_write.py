@@ -72,7 +72,9 @@ def write_gguf(
     partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
     writer = gguf.GGUFWriter(partial, architecture)
     try:
-        writer.add_name(str(getattr(config, "name_or_path", "") or f"{family} model"))
+        writer.add_name(
+            str(getattr(config, "name_or_path", "") or "model")
+        )  # llama.cpp wants tokens of what is called phi3
         for key, value in {**metadata_of(config), **(metadata or {})}.items():
             _add(writer, key, value)
         if prepare is not None:
