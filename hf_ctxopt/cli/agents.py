@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich import box
-from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
@@ -141,7 +140,7 @@ def store_config(budget: str, cpu_budget: str | None, page_size: int | None, kv_
 def converse(sessions: list[Session], system: str, turns: int, clock: FirstToken) -> list[Turn]:
     """Lets every agent take its turns, one after the other, and shows each as it comes."""
     done: list[Turn] = []
-    with Live(turns_table(done, len(sessions)), console=console.screen(), auto_refresh=False) as live:
+    with console.live(turns_table(done, len(sessions))) as live:
         for turn in range(turns):
             for number, session in enumerate(sessions):
                 clock.start()

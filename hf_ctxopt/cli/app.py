@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from importlib.metadata import version
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
@@ -50,8 +51,17 @@ app.command(name="env")(env.env)
 app.command(name="plan")(plan.plan)
 
 
+def _show_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"hf_ctxopt {version('hf_ctxopt')}")
+        raise typer.Exit
+
+
+Version = Annotated[bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version.")]
+
+
 @app.callback()
-def _root() -> None:
+def _root(_version: Version = False) -> None:
     """Makes `ctxopt` a group of commands even while typer could take a single one for the whole."""
 
 

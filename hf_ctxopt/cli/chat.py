@@ -96,7 +96,7 @@ class Talk:
         import torch
 
         from hf_ctxopt.cli.run import status_line
-        from hf_ctxopt.cli.streaming import Echo, Interrupt, figures
+        from hf_ctxopt.cli.streaming import Echo, Interrupt, figures, whole_lines
         from hf_ctxopt.integration.compat import cache_in, generate_argument
 
         if not self.conversation.ask(text):
@@ -105,11 +105,10 @@ class Talk:
         cache = self.first if self.cache is None else {generate_argument(): self.cache}
         echo, interrupt = Echo(self.tokenizer, console.write), Interrupt()
         inputs = {"inputs": ids, "attention_mask": torch.ones_like(ids), "stopping_criteria": [interrupt]}
-        with interrupt.listening():
+        with interrupt.listening(), whole_lines(echo):
             output: Any = self.model.generate(**inputs, streamer=echo, **cache, **self.settings)  # type: ignore[operator]
         self.cache = cache_in(output)
         self.conversation.answer(echo.token_ids)
-        console.write("\n")
         console.note(status_line(figures(self.cache), echo.rate))
 
 

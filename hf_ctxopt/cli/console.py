@@ -10,6 +10,7 @@ from typing import TextIO
 
 import typer
 from rich.console import Console
+from rich.live import Live
 from rich.markup import escape
 from rich.progress import (
     BarColumn,
@@ -38,9 +39,16 @@ def table(content: Table) -> None:
     Console().print(content)
 
 
-def screen() -> Console:
-    """Returns a console on standard output, for what is drawn there live."""
-    return Console()
+@contextmanager
+def live(content: Table) -> Iterator[Live]:
+    """Draws a table on standard output that changes inside the block; in a pipe its last state comes at the end."""
+    screen = Console()
+    try:
+        with Live(content, console=screen, auto_refresh=False) as drawn:
+            yield drawn
+    finally:
+        if not screen.is_terminal:  # on one, rich ends the line itself
+            screen.line()
 
 
 def write(text: str) -> None:

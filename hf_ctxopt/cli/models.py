@@ -140,7 +140,10 @@ def _load(spec: str, source: str, gguf_file: str | None, dtype: torch.dtype | st
         raise
     except (*LOAD_ERRORS, SafetensorError) as error:
         reason = str(error).strip().splitlines()
-        raise CtxoptError(f"cannot load model {spec!r}: {reason[0] if reason else type(error).__name__}") from error
+        absent = "" if Path(source).exists() else "there is no such folder here, and from the Hub: "
+        raise CtxoptError(
+            f"cannot load model {spec!r}: {absent}{reason[0] if reason else type(error).__name__}"
+        ) from error
 
 
 def _packed(path: str, dtype: Any) -> tuple[Any, Any]:

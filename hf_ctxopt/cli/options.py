@@ -24,10 +24,14 @@ GROWING = "expandable_segments:True"
 _NUMBER = re.compile("[0-9]{1,32}")  # int() would take the digits of other scripts, and raise at thousands of them
 DYNAMIC = "dynamic"
 """Name of transformers' own growing cache, offered for comparison."""
+AUTO = "ctx_auto"
+"""The planner chooses, for the memory that the model's device has left; it takes no options."""
 
 Model = Annotated[str, typer.Option("--model", "-m", help="Folder, .gguf file, Hub id, or 'smollm2' (packaged).")]
 GgufFile = Annotated[str | None, typer.Option(help="Name of the GGUF file inside the model folder or repository.")]
-CacheName = Annotated[str, typer.Option("--cache", "-c", help="ctx_paged, ctx_sink, or dynamic (transformers' own).")]
+CacheName = Annotated[
+    str, typer.Option("--cache", "-c", help="ctx_paged, ctx_sink, ctx_priority, ctx_auto (planned), or dynamic.")
+]
 Window = Annotated[int | None, typer.Option(help="ctx_sink: how many of the last tokens are kept.")]
 Sinks = Annotated[int | None, typer.Option(help="ctx_sink: how many of the first tokens are kept.")]
 Budget = Annotated[str | None, typer.Option(help="Most that the cache may hold: tokens ('4096') or bytes ('2GiB').")]
@@ -48,7 +52,7 @@ class CacheChoice:
     """One cache with its options, as the user chose them.
 
     Attributes:
-        name: `"dynamic"` or a name that hf_ctxopt registers.
+        name: `"dynamic"`, or a name that hf_ctxopt registers.
         options: what the user set; all else keeps the cache's own default.
         fused: whether the model is patched, so that attention reads pages.
     """
@@ -84,7 +88,7 @@ def cache_choice(
     for key, value in options.items():
         if key not in option_names(name):
             raise ConfigError(key, value, f"unset: cache {name!r} has no such option")
-    if name != DYNAMIC:
+    if name not in (DYNAMIC, AUTO):
         _options_type(name).parse(options)
     return CacheChoice(name=name, options=options, fused=fused and name != DYNAMIC)
 
@@ -93,12 +97,12 @@ def cache_names() -> tuple[str, ...]:
     """Returns every cache name the command line takes, the dynamic one first."""
     from hf_ctxopt.caches import CACHES
 
-    return (DYNAMIC, *CACHES)
+    return (DYNAMIC, *CACHES, AUTO)
 
 
 def option_names(name: str) -> tuple[str, ...]:
     """Returns the options that a cache takes."""
-    return () if name == DYNAMIC else tuple(field.name for field in fields(_options_type(name)))
+    return () if name in (DYNAMIC, AUTO) else tuple(field.name for field in fields(_options_type(name)))
 
 
 def _options_type(name: str) -> type[PageOptions]:

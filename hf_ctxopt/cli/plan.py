@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich import box
 from rich.markup import escape
 from rich.table import Table
 
@@ -181,12 +182,8 @@ def _show_all(facts: ModelFacts, wanted: dict[str, Any], as_json: bool) -> None:
     """Prints one plan for each profile: a row, or its JSON; where nothing fits, by how much."""
     from hf_ctxopt.planner.profiles import PROFILES
     from hf_ctxopt.planner.search import plan as make_plan
-    from hf_ctxopt.planner.words import size
 
-    table = Table("card", "GiB", "weights", "KV bits", "cache", title=escape(facts.name), title_justify="left")
-    for name in ("context", "room for", "used", "ms/token"):
-        table.add_column(name, justify="right")
-    table.add_column("quality")
+    table = _cards_table(facts.name)
     results: dict[str, Any] = {}
     for card in sorted(PROFILES.values(), key=lambda card: (card.vram, card.bandwidth)):
         gib = f"{card.vram / 2**30:.0f}"
@@ -194,18 +191,33 @@ def _show_all(facts: ModelFacts, wanted: dict[str, Any], as_json: bool) -> None:
             found = make_plan(facts, gpu=card.name, **wanted)
         except DoesNotFitError as error:
             results[card.name] = {"shortfall": error.shortfall, "error": str(error)}
-            table.add_row(card.name, gib, f"[red]{size(error.shortfall)} short[/red]")
+            needed = f"{(card.vram + error.shortfall) / 2**30:.2f}"
+            table.add_row(card.name, gib, *[""] * 5, f"[red]{needed}[/red]", "", "[red]too much[/red]")
             continue
         results[card.name] = found.to_dict()
         keys, values = found.kv_bits["k"], found.kv_bits["v"]
-        cache = found.cache if found.window is None else f"{found.cache} {found.sinks} + {found.window:,}"
         table.add_row(
-            card.name, gib, found.weights + (" (host)" if found.on_host else ""),
-            str(keys) if keys == values else f"{keys}/{values}", cache, f"{found.context:,}",
-            "any length" if found.capacity is None else f"{found.capacity:,}", size(found.total_bytes),
-            "" if found.ms_per_token is None else f"{found.ms_per_token:.0f}", found.quality,
+            card.name, gib, found.weights + ("*" if found.on_host else ""),
+            str(keys) if keys == values else f"{keys}/{values}",
+            "all" if found.window is None else f"{found.sinks}+{found.window:,}", f"{found.context:,}",
+            "any" if found.capacity is None else f"{found.capacity:,}", f"{found.total_bytes / 2**30:.2f}",
+            "" if found.ms_per_token is None else f"{found.ms_per_token:.1f}", found.quality.split(",")[0],
         )  # fmt: skip
     if as_json:
         typer.echo(json.dumps(results, indent=2))
     else:
         console.table(table)
+
+
+def _cards_table(name: str) -> Table:
+    """Returns the empty table of all cards, narrow enough for 80 columns."""
+    caption = "GiB: of the card, and used; KV: bits; keeps: all tokens (ctx_paged), or the first and last (ctx_sink); "
+    caption += "room: for tokens; ms: per token; *: embedding (and head) in the host's memory"
+    table = Table(
+        title=escape(Path(name).name or name), title_justify="left", caption=caption, caption_justify="left",
+        box=box.SIMPLE_HEAD, show_edge=False, padding=0,
+    )  # fmt: skip
+    for head in ("card", "GiB", "weights", "KV", "keeps", "context", "room", "used", "ms", "quality"):
+        left = head in ("card", "weights", "quality")
+        table.add_column(head, justify="left" if left else "right", no_wrap=True)
+    return table

@@ -24,7 +24,7 @@ def draw(facts: ModelFacts, found: Plan, path: Path) -> None:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise CtxoptError("--plot needs matplotlib: pip install 'hf_ctxopt[bench]'") from error
+        raise CtxoptError("--plot needs matplotlib: pip install matplotlib") from error
     from hf_ctxopt.planner.curve import curve
     from hf_ctxopt.planner.words import PART_NAMES
 

@@ -19,7 +19,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise CtxoptError("--plot needs matplotlib: pip install 'hf_ctxopt[bench]'") from error
+        raise CtxoptError("--plot needs matplotlib: pip install matplotlib") from error
     rows, context = result["caches"], result["context"]
     figure = Figure(figsize=(10, 3.8), layout="constrained")
     memory, speed = figure.subplots(1, 2)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from hf_ctxopt.cli.options import ALLOCATOR_VARIABLES, GROWING
+from hf_ctxopt.kernels.native.build import NotBuilt, compiler
 
 PACKAGES = (
     "hf_ctxopt",
@@ -118,7 +119,7 @@ def _memory(field: str) -> int | None:
 
 def features() -> list[Feature]:
     """Returns every fast path with its state and the reason."""
-    return [_cuda(), _triton(), _flash(), _allocator(), _cudnn(), _bfloat16()]
+    return [_cuda(), _triton(), _flash(), _native(), _allocator(), _cudnn(), _bfloat16()]
 
 
 def _cuda() -> Feature:
@@ -144,11 +145,21 @@ def _flash() -> Feature:
     name = "flash-attn"
     found = installed("flash-attn")
     if found is None:
-        why = "not installed (pip install 'hf_ctxopt[flash]'); torch's own attention is used. Only matters on a GPU"
+        why = "not installed (pip install flash-attn); torch's own attention is used. Only matters on a GPU"
         return Feature(name=name, active=False, why=why)
     if not torch.cuda.is_available():
         return Feature(name=name, active=False, why=f"version {found}, but there is no GPU")
     return Feature(name=name, active=True, why=f"version {found}; attn_implementation='flash_attention_2'")
+
+
+def _native() -> Feature:
+    name = "CPU kernels"
+    try:
+        where = compiler()
+    except NotBuilt as error:
+        why = f"{error}: packed weights and quantized pages run on plain torch, several times slower"
+        return Feature(name=name, active=False, why=why)
+    return Feature(name=name, active=True, why=f"{where} compiles them when they are first needed, once per machine")
 
 
 def _allocator() -> Feature:

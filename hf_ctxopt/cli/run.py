@@ -101,7 +101,7 @@ def generate(
     """Reads the text behind a bar, then streams what the model says."""
     import torch
 
-    from hf_ctxopt.cli.streaming import Echo, Interrupt, cache_scope, count_tokens, figures
+    from hf_ctxopt.cli.streaming import Echo, Interrupt, cache_scope, count_tokens, figures, whole_lines
     from hf_ctxopt.cli.turns import encode, first_prompt
     from hf_ctxopt.integration.compat import cache_in
 
@@ -122,10 +122,10 @@ def generate(
 
         echo = Echo(tokenizer, write)
         inputs = {"inputs": ids, "attention_mask": torch.ones_like(ids), "stopping_criteria": [interrupt]}
-        output: Any = model.generate(  # type: ignore[operator]
-            **inputs, streamer=echo, return_dict_in_generate=True, **arguments, **settings
-        )
-    console.write("\n")
+        with whole_lines(echo):
+            output: Any = model.generate(  # type: ignore[operator]
+                **inputs, streamer=echo, return_dict_in_generate=True, **arguments, **settings
+            )
     if not quiet:
         console.note(status_line(figures(cache_in(output)), echo.rate))
 

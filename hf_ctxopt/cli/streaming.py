@@ -14,6 +14,7 @@ import torch
 from transformers import StoppingCriteria, TextStreamer
 
 import hf_ctxopt
+from hf_ctxopt.cli import console
 from hf_ctxopt.cli.options import DYNAMIC, CacheChoice
 
 if TYPE_CHECKING:
@@ -63,7 +64,8 @@ def cache_scope(model: PreTrainedModel, choice: CacheChoice) -> Iterator[dict[st
     elif choice.name == DYNAMIC:
         yield {"cache_implementation": DYNAMIC}
     else:
-        yield {"cache_implementation": choice.name, "cache_config": dict(choice.options)}
+        config = {"cache_config": dict(choice.options)} if choice.options else {}
+        yield {"cache_implementation": choice.name, **config}
 
 
 class Echo(TextStreamer):
@@ -100,6 +102,17 @@ class Echo(TextStreamer):
         """Tokens per second, counted from the first token on (so without reading the prompt); 0 before two tokens."""
         span = self.times[-1] - self.times[0] if len(self.times) > 1 else 0.0
         return (len(self.times) - 1) / span if span > 0 else 0.0
+
+
+@contextmanager
+def whole_lines(echo: Echo) -> Iterator[None]:
+    """Ends the line of the text that comes inside the block, also where an error cuts it off."""
+    try:
+        yield
+    finally:
+        if echo.token_ids:
+            echo.end()  # what the streamer holds back until its word is whole; nothing after a text that ended
+            console.write("\n")
 
 
 @contextmanager

@@ -222,7 +222,9 @@ def _sizes(
         if _over(group, groups, sizes):
             size, room = group.page_size, _room(group, groups, sizes) or 0
             full = sum(sizes[id(group)]) * size
-            raise CacheFullError(full, room * size, "raise `budget`, or use a smaller `window`")
+            raise CacheFullError(
+                full, room * size, "raise `budget`, or keep fewer tokens (`ctx_sink` and its `window`)"
+            )
     return sizes, growing, smaller
 
 

@@ -11,6 +11,9 @@ from .footprint import reserve_of
 from .hardware import Device, best_device, bytes_of, device_of, from_profile, of_memory
 from .profiles import profile
 
+LEAST = 1 << 20
+"""Fewest bytes of memory that are planned for: `vram=8` is a slip for `"8GiB"`."""
+
 
 def card_for(
     facts: ModelFacts, model: Any, vram: int | str | None, gpu: str | None, device: Any, reserve: int | str | None
@@ -20,7 +23,7 @@ def card_for(
     if len(given) > 1 and given != ["vram", "gpu"]:
         raise ConfigError(given[-1], {"vram": vram, "gpu": gpu, "device": device}[given[-1]], f"unset with {given[0]}")
     found = _device(facts, model, vram, gpu, device)
-    total = found.total if vram is None else bytes_of("vram", vram)
+    total = found.total if vram is None else bytes_of("vram", vram, LEAST)
     own = facts.loaded is not None and found.here
     # What this process holds besides the model is there for others, as far as the plan goes.
     others = found.others if not own else max(0, found.others + found.own - sum(facts.loaded or (0,)))
@@ -36,7 +39,7 @@ def _device(facts: ModelFacts, model: Any, vram: int | str | None, gpu: str | No
     if gpu is not None:
         return from_profile(profile(gpu))
     if vram is not None:
-        return of_memory(bytes_of("vram", vram))
+        return of_memory(bytes_of("vram", vram, LEAST))
     if device is not None:
         return device_of(device)
     if facts.loaded is not None:

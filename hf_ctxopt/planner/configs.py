@@ -34,7 +34,10 @@ def config_at(spec: str, file: GgufFile | None) -> Any:
     try:
         return AutoConfig.from_pretrained(str(path) if path.exists() else spec)
     except broken() as error:
-        raise ConfigError("model", spec, f"one whose config transformers can read ({reason(error)})") from error
+        allowed = f"one whose config transformers can read ({reason(error)})"
+        if not path.exists():
+            allowed = f"an existing folder or file, or a Hub id that can be reached ({reason(error)})"
+        raise ConfigError("model", spec, allowed) from error
 
 
 def config_of(values: Mapping[str, Any]) -> Any:

@@ -123,7 +123,7 @@ def bytes_of(field: str, value: int | str, least: int = 1) -> int:
     Args:
         field: what they are for, which the message names.
         value: a number or text.
-        least: the fewest that are allowed, 0 or 1.
+        least: the fewest that are allowed.
 
     Raises:
         ConfigError: it is neither such a number nor such a text.
@@ -141,7 +141,7 @@ def bytes_of(field: str, value: int | str, least: int = 1) -> int:
             except ConfigError:
                 value = -1
     if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= MOST:
-        kind = "a positive number" if least else "a number >= 0"
+        kind = "a positive number" if least == 1 else f"a number >= {least:,}"
         raise ConfigError(field, given, f'bytes as {kind} up to 2**60, or as text such as "8GiB"')
     return value
 

@@ -28,6 +28,7 @@ def test_agents_share_their_system_prompt(ctxopt: Ctxopt, folder: Path, system: 
     others = set(hf_ctxopt.stores())
     result = ctxopt("agents", "-m", folder, *options, "--json", file)
     assert result.code == 0
+    assert result.out.endswith("\n")
     found = json.loads(file.read_text(encoding="utf-8"))
     turns = found["turns"]
     assert [(turn["agent"], turn["turn"]) for turn in turns] == [(1, 1), (2, 1), (3, 1), (1, 2), (2, 2), (3, 2)]

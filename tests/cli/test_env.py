@@ -27,6 +27,24 @@ def test_json(ctxopt: Ctxopt) -> None:
     assert all(feature["why"] for feature in found["features"])
 
 
+def test_version(ctxopt: Ctxopt) -> None:
+    assert ctxopt("--version").out == f"hf_ctxopt {probe.installed('hf_ctxopt')}\n"
+
+
+def test_cpu_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    from hf_ctxopt.kernels.native import build
+
+    monkeypatch.setattr(build.shutil, "which", lambda _name: "/usr/bin/g++")
+    monkeypatch.setenv("CTXOPT_NATIVE", "1")
+    found = {feature.name: feature for feature in probe.features()}["CPU kernels"]
+    assert found.active
+    monkeypatch.setattr(build.shutil, "which", lambda _name: None)
+    found = {feature.name: feature for feature in probe.features()}["CPU kernels"]
+    assert (found.active, "g++" in found.why) == (False, True)
+    monkeypatch.setenv("CTXOPT_NATIVE", "0")
+    assert "CTXOPT_NATIVE" in {feature.name: feature for feature in probe.features()}["CPU kernels"].why
+
+
 def test_tables(ctxopt: Ctxopt) -> None:
     result = ctxopt("env")
     assert result.code == 0

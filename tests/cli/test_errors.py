@@ -56,6 +56,20 @@ def test_one_clean_line(ctxopt: Ctxopt, folder: Path, tmp_path: Path, name: str)
     assert "Traceback" not in result.err
 
 
+@pytest.mark.parametrize("command", ["run", "chat"])
+def test_the_text_before_an_error_ends_its_line(ctxopt: Ctxopt, folder: Path, command: str) -> None:
+    words = ("run", "hi") if command == "run" else ("chat",)
+    result = ctxopt(*words, "-m", folder, "-c", "ctx_paged", "--budget", "64", "-n", "200", stdin="hi\n")
+    assert (result.code, "budget" in result.err) == (2, True)
+    assert len(result.out) > 1
+    assert result.out.endswith("\n")
+
+
+def test_a_name_that_is_no_folder_is_told(ctxopt: Ctxopt) -> None:
+    assert "no such folder here" in ctxopt("run", "hi", "-m", "nothing").err
+    assert "an existing folder" in ctxopt("plan", "nothing", "--vram", "8GiB").err
+
+
 def test_no_prompt(ctxopt: Ctxopt, folder: Path) -> None:
     result = ctxopt("run", "-m", folder, stdin="  \n")
     assert result.code == 2

@@ -68,6 +68,14 @@ def test_all_profiles(ctxopt: Ctxopt, llama: Path) -> None:
     assert ctxopt("plan", llama, "--all-gpus", "--vram", "8GiB").code == 2
 
 
+def test_all_profiles_fit_a_terminal(ctxopt: Ctxopt, llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    for options in (("--context", 32768), ("--kv-bits", 16), ("--context", 100_000, "--weights", "bf16")):
+        lines = ctxopt("plan", llama, "--all-gpus", *options).out.splitlines()
+        assert sum(any(line.startswith(name + " ") for name in PROFILES) for line in lines) == len(PROFILES)
+        assert "…" not in "".join(lines[3:])  # lines before: the title and the heads
+
+
 def test_plot(ctxopt: Ctxopt, llama: Path, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     result = ctxopt("plan", llama, "--vram", "8GiB", "--plot", tmp_path / "plan.png")

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from tests.cli.conftest import Ctxopt
 
 PROMPT = "the quick brown fox"
-CACHES = ("dynamic", "ctx_paged", "ctx_sink")
+CACHES = ("dynamic", "ctx_paged", "ctx_sink", "ctx_auto")
 
 
 def expected(folder: Path, prompt: str, new_tokens: int) -> str:

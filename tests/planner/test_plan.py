@@ -33,6 +33,7 @@ TINY = {
         ({"context": 0}, "context"), ({"context": True}, "context"), ({"batch": 0}, "batch"),
         ({"agents": 1.5}, "agents"),
         ({"goal": "best"}, "goal"), ({"vram": "eight"}, "vram"), ({"vram": -1}, "vram"), ({"vram": True}, "vram"),
+        ({"vram": "8"}, "vram"),
         ({"gpu": "voodoo2"}, "gpu"), ({"weights": "Q3_K"}, "weights"), ({"weights": []}, "weights"),
         ({"weights": 3}, "weights"), ({"weights": [3]}, "weights"), ({"weights": True}, "weights"),
         ({"kv_bits": 3}, "kv_bits"), ({"kv_bits": {"k": 8}}, "kv_bits"), ({"kv_budget": "x"}, "kv_budget"),

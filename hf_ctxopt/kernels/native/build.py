@@ -58,16 +58,23 @@ def forget() -> None:
     _loaded.cache_clear()
 
 
+def compiler() -> str:
+    """The path of the compiler. Raises `NotBuilt`: it is switched off, or there is none; nothing is compiled here."""
+    if os.environ.get("CTXOPT_NATIVE", "1") == "0":
+        raise NotBuilt("CTXOPT_NATIVE=0 switches the CPU kernel off")
+    found = shutil.which("g++") if os.name == "posix" else None
+    if found is None:
+        raise NotBuilt("there is no g++ to compile the CPU kernel with")
+    return found
+
+
 @cache
 def _loaded(source: Path) -> ctypes.CDLL | str:
-    if os.environ.get("CTXOPT_NATIVE", "1") == "0":
-        return "CTXOPT_NATIVE=0 switches the CPU kernel off"
-    compiler = shutil.which("g++") if os.name == "posix" else None
-    if compiler is None:
-        return "there is no g++ to compile the CPU kernel with"
     try:
-        path = _build(compiler, source)
+        path = _build(compiler(), source)
         loaded = ctypes.CDLL(str(path))
+    except NotBuilt as error:
+        return str(error)
     except subprocess.CalledProcessError as error:
         return f"g++ could not compile the CPU kernel: {(error.stderr or '').strip()[:500]}"
     except (OSError, RuntimeError, subprocess.TimeoutExpired) as error:  # RuntimeError: there is no home folder
