@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -58,6 +59,11 @@ def cache_scope(model: PreTrainedModel, choice: CacheChoice) -> Iterator[dict[st
     Yields:
         the arguments that the first call of `generate` needs; a later call passes the cache instead.
     """
+    with _without_reminder() if choice.name == "ctx_sink" else nullcontext():
+        yield from _arguments(model, choice)
+
+
+def _arguments(model: PreTrainedModel, choice: CacheChoice) -> Iterator[dict[str, Any]]:
     if choice.fused:
         with hf_ctxopt.patched(model, cache=choice.name, **choice.options):
             yield {}
@@ -66,6 +72,21 @@ def cache_scope(model: PreTrainedModel, choice: CacheChoice) -> Iterator[dict[st
     else:
         config = {"cache_config": dict(choice.options)} if choice.options else {}
         yield {"cache_implementation": choice.name, **config}
+
+
+@contextmanager
+def _without_reminder() -> Iterator[None]:
+    """Leaves out transformers' reminder of the trained length: no position of a window goes beyond it."""
+    log = logging.getLogger("transformers.generation.stopping_criteria")
+
+    def others(record: logging.LogRecord) -> bool:
+        return "predefined maximum length" not in record.getMessage()
+
+    log.addFilter(others)
+    try:
+        yield
+    finally:
+        log.removeFilter(others)
 
 
 class Echo(TextStreamer):
@@ -111,7 +132,7 @@ def whole_lines(echo: Echo) -> Iterator[None]:
         yield
     finally:
         if echo.token_ids:
-            echo.end()  # what the streamer holds back until its word is whole; nothing after a text that ended
+            echo.end()  # type: ignore[no-untyped-call]  # what the streamer holds back until its word is whole; nothing after a text that ended
             console.write("\n")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -57,13 +58,14 @@ def load(
         The model, patched and ready to generate, and its tokenizer.
 
     Raises:
-        ConfigError: the plan is of a model in memory or of a config, which there is nothing to load of; a scheme that
-            does not run on the device, or that the checkpoint rules out; a `dtype` of other than two bytes;
-            a device that is not here.
+        ConfigError: an option of `hf_ctxopt.plan`; a plan of a model in memory or of a config, of which nothing can
+            be loaded; a scheme that does not run on the device, or that the checkpoint rules out; a `dtype` of other
+            than two bytes; a device that is not here.
         CtxoptError: a package that the scheme needs is missing; transformers cannot load it: the message is its first
             line.
         DoesNotFitError: of the planning.
     """
+    _check_planning(options)
     found = _plan(plan, device, weights)
     if found.weights == LOADED:
         raise ConfigError("plan.weights", LOADED, "a scheme to load with: this plan is of a model that is loaded")
@@ -86,6 +88,12 @@ def load(
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return patch_model(model.eval(), plan=found), tokenizer
+
+
+def _check_planning(options: Mapping[str, Any]) -> None:
+    """Refuses what belongs to a plan, which `from_pretrained` would find odd. Raises `ConfigError`."""
+    for name in set(options) & set(inspect.signature(make_plan).parameters):
+        raise ConfigError(name, options[name], f"unset here: load(hf_ctxopt.plan(..., {name}=...)) plans with it")
 
 
 def _plan(plan: Any, device: Any, weights: str | None) -> Plan:

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 from torch import nn
 from transformers.modeling_utils import PreTrainedModel
 
+from ..caches import CACHES
 from ..caches.context import ATTENTION
 from ..errors import ConfigError, UnsupportedModelError
 from ..planner.plan import Plan
@@ -150,6 +151,8 @@ def _given(cache: str | None, options: dict[str, Any]) -> Settings | None:
         if options:
             raise ConfigError("cache", cache, f"without options: {AUTO} chooses them")
         return None
+    if cache is not None and cache not in (*CACHES, AUTO):
+        raise ConfigError("cache", cache, f"one of {', '.join((*CACHES, AUTO))}")
     name = USUAL if cache is None else cache
     return Settings(name, parse_options(name, options))
 

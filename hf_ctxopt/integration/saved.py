@@ -28,12 +28,15 @@ def save_store(store: str | PrefixStore, path: str | Path) -> int:
         path: the file.
 
     Raises:
-        ConfigError: there is no store of that name.
+        ConfigError: there is no store of that name, or no such folder.
     """
     if isinstance(store, str):
         if store not in stores():
-            raise ConfigError("store", store, f"one of {', '.join(stores()) or 'none so far'}")
+            known = ", ".join(stores()) or "there is none so far"
+            raise ConfigError("store", store, f"a store of this process ({known})")
         store = store_named(store)
+    if not Path(path).parent.is_dir():
+        raise ConfigError("path", str(path), "a file in a folder that exists")
     return save(store, path)
 
 

@@ -141,11 +141,10 @@ class Session:
     def _prepared(self, messages: str | Message | Sequence[Message]) -> tuple[list[dict[str, Any]], list[int]]:
         """The conversation with the new messages, shortened at a message's boundary if need be, and its tokens."""
         self._require_open()
-        given: Sequence[Message] = [{"role": "user", "content": messages}] if isinstance(messages, str) else (
-            [messages] if isinstance(messages, Mapping) else list(messages)
-        )  # fmt: skip
-        if not given:
-            raise ConfigError("messages", messages, "at least one")
+        given: Any = [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
+        given = [given] if isinstance(given, Mapping) else given
+        if not isinstance(given, Sequence) or not given or not all(isinstance(one, Mapping) for one in given):
+            raise ConfigError("messages", messages, "a text, a message (role and content), or a list of them")
         conversation = [*self.messages, *map(dict, given)]
         ids = render(self.tokenizer, conversation, generate=True)
         shifted = 0

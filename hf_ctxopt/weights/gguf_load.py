@@ -47,7 +47,7 @@ def load_gguf(path: str | os.PathLike[str], dtype: torch.dtype | None = None, **
         holds none that transformers can read.
 
     Raises:
-        ConfigError: options that contradict the file; a dtype that is not floating.
+        ConfigError: there is no such file; options that contradict the file; a dtype that is not floating.
         CorruptFileError: the file is no sound GGUF file, its metadata and tensors contradict each other, or it lacks
             tensors of its model.
         UnsupportedModelError: an architecture that transformers or we cannot convert.
@@ -59,6 +59,8 @@ def load_gguf(path: str | os.PathLike[str], dtype: torch.dtype | None = None, **
     dtype = dtype or torch.get_default_dtype()
     if not dtype.is_floating_point:
         raise ConfigError("dtype", str(dtype), "a floating dtype")
+    if not os.path.isfile(path):
+        raise ConfigError("path", str(path), "a .gguf file")
     need_gguf()
     file = GgufFile(path)
     with reading_once():

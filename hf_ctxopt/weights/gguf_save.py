@@ -42,10 +42,12 @@ def save_gguf(
 
     Raises:
         UnsupportedModelError: a model type, a setting, a weight, a rotary scaling or a tokenizer that no file holds.
-        ConfigError: weights of another project's format, or that are not in memory.
+        ConfigError: weights of another project's format, or that are not in memory; a folder that is not there.
         CtxoptError: the package `gguf` is missing.
         OSError: the file cannot be written; an older one of that name is untouched.
     """
+    if not Path(path).parent.is_dir():
+        raise ConfigError("path", str(path), "a file in a folder that exists")
     config = model.config.get_text_config()
     family_of(config)
     values: dict[str, str | int | float | bool] = {"general.quantization_version": 2}

@@ -115,7 +115,9 @@ def types_of(model: nn.Module, choice: Choice) -> dict[str, str]:
     _share(model, found, forced)
     if not found:
         rules = {"include": choice.include, "exclude": choice.exclude}
-        raise ConfigError("include", rules, "rules that leave dense modules to pack, whose columns a block fits")
+        raise ConfigError(
+            "include", rules, "rules that name modules which are still dense, and whose columns a block fits"
+        )
     _tell_of_dense(model, choice, found)
     return found
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,21 @@ def test_sink_holds_only_sinks_and_window(ctxopt: Ctxopt, folder: Path) -> None:
     result = ctxopt("run", "x" * 200, "-m", folder, "--window", "32", "--sinks", "2", "--page-size", "8", "-n", "20")
     assert result.code == 0
     assert "seen 219 tokens | held 34 tokens" in result.err
+
+
+def test_only_a_window_passes_the_trained_length_in_silence(ctxopt: Ctxopt, folder: Path) -> None:
+    told: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: told.append(record.getMessage())  # type: ignore[method-assign]
+    log = logging.getLogger("transformers.generation.stopping_criteria")
+    log.addHandler(handler)
+    try:
+        for cache, reminders in (("ctx_sink", 0), ("ctx_paged", 1)):
+            type(log).warning_once.cache_clear()  # type: ignore[attr-defined]
+            assert ctxopt("run", "a" * 520, "-m", folder, "-c", cache, "-n", "2").code == 0
+            assert sum("predefined maximum length" in text for text in told) == reminders
+    finally:
+        log.removeHandler(handler)
 
 
 def test_sampling_depends_on_the_seed_only(ctxopt: Ctxopt, folder: Path) -> None:
