@@ -168,7 +168,7 @@ def _turn(agent: int, turn: int, found: dict[str, Any], seconds: float, answer: 
 
 def turns_table(done: list[Turn], agents: int) -> Table:
     """Returns each agent's newest turn as a table."""
-    table = Table(box=box.SIMPLE_HEAD)
+    table = Table(box=box.SIMPLE_HEAD, padding=0)  # what is left of 80 columns is for the answers
     for head in ("agent", "turn", "prompt", "reused", "hit rate", "bytes", "first token"):
         table.add_column(head, justify="right", no_wrap=True)
     table.add_column("answer")
