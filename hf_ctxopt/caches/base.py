@@ -185,7 +185,7 @@ class PageCache(DynamicCache, ABC):
             kv_bits: as in `PageOptions`, for each of K and V at most what it has.
 
         Returns:
-            Bytes that were given back.
+            Bytes that were given back; less than 0 if no page is full yet, and room for packed ones was made.
 
         Raises:
             ConfigError: more bits than pages have, bits that the head size does not allow, or a prefix store's pages,

@@ -32,8 +32,8 @@ GgufFile = Annotated[str | None, typer.Option(help="Name of the GGUF file inside
 CacheName = Annotated[
     str, typer.Option("--cache", "-c", help="ctx_paged, ctx_sink, ctx_priority, ctx_auto (planned), or dynamic.")
 ]
-Window = Annotated[int | None, typer.Option(help="ctx_sink: how many of the last tokens are kept.")]
-Sinks = Annotated[int | None, typer.Option(help="ctx_sink: how many of the first tokens are kept.")]
+Window = Annotated[int | None, typer.Option(help="ctx_sink: how many of the last tokens are kept; 1024 unless given.")]
+Sinks = Annotated[int | None, typer.Option(help="ctx_sink: how many of the first tokens are kept; 4 unless given.")]
 Budget = Annotated[str | None, typer.Option(help="Most that the cache may hold: tokens ('4096') or bytes ('2GiB').")]
 PageSize = Annotated[int | None, typer.Option(help="Tokens in a page; a power of two.")]
 KvBits = Annotated[str | None, typer.Option(help="Bits of a stored key and value: 16, 8, 4, 2, or both as 'k8v4'.")]
