@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from hf_ctxopt.cli import console, options
+from hf_ctxopt.errors import CacheFullError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -113,7 +114,13 @@ class Talk:
 
 
 def talk(session: Talk) -> None:
-    """Reads messages until the user leaves or the input ends."""
+    """Reads messages until the user leaves or the input ends.
+
+    Where a person sits in front of it, a full cache ends the conversation and not the program.
+
+    Raises:
+        CacheFullError: the budget is full, and the messages come from a pipe.
+    """
     if sys.stdin.isatty():
         console.note("/reset forgets the conversation, /exit leaves, Ctrl-C ends a reply")
     while (text := read_message()) is not None:
@@ -123,7 +130,14 @@ def talk(session: Talk) -> None:
             session.reset()
             console.note("[a new conversation]")
         elif text:
-            session.turn(text)
+            try:
+                session.turn(text)
+            except CacheFullError as error:
+                if not sys.stdin.isatty():
+                    raise
+                console.error(str(error))
+                session.reset()
+                console.note("[a new conversation]")
 
 
 def read_message() -> str | None:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from hf_ctxopt.cli import chat
 from hf_ctxopt.cli.turns import Conversation
+from hf_ctxopt.errors import CacheFullError
 from tests.cli.conftest import Ctxopt
 from tests.cli.tiny import tiny_tokenizer
 
@@ -57,6 +60,30 @@ def test_reset_starts_over(ctxopt: Ctxopt, folder: Path) -> None:
     result = ctxopt("chat", "-m", folder, "-c", "dynamic", "-n", "5", stdin="hello\n/reset\nhello\n")
     first, second = re.findall(r"seen (\d+) tokens", result.err)
     assert first == second
+
+
+@pytest.mark.parametrize("person", [True, False])
+def test_a_full_cache_ends_the_conversation_only(monkeypatch: pytest.MonkeyPatch, person: bool) -> None:
+    done: list[str] = []
+
+    class Full:
+        def turn(self, text: str) -> None:
+            done.append(text)
+            if text == "long":
+                raise CacheFullError(96, 64, "raise `budget`")
+
+        def reset(self) -> None:
+            done.append("reset")
+
+    lines = iter(["long", "short", "/exit"])
+    monkeypatch.setattr(chat.sys, "stdin", SimpleNamespace(isatty=lambda: person, readline=lambda: next(lines)))
+    monkeypatch.setattr("builtins.input", lambda _prompt: next(lines))
+    if not person:
+        with pytest.raises(CacheFullError):
+            chat.talk(Full())  # type: ignore[arg-type]
+        return
+    chat.talk(Full())  # type: ignore[arg-type]
+    assert done == ["long", "reset", "short"]
 
 
 def test_system_message_is_read(ctxopt: Ctxopt, folder: Path) -> None:
