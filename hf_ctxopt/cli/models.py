@@ -63,17 +63,20 @@ def locate(spec: str, gguf_file: str | None) -> tuple[str, str | None]:
     if spec == PACKAGED:
         return _packaged_folder(), PACKAGED_FILE
     path = Path(spec).expanduser()
-    if path.is_file() and path.suffix == ".gguf" and gguf_file is None:
+    if path.is_file() and path.suffix == ".gguf":
+        if gguf_file is not None:
+            raise ConfigError("gguf_file", gguf_file, "unset where the model is a .gguf file itself")
         path, gguf_file = path.parent, path.name
     if not path.is_dir():
-        if path.is_file() or path.is_absolute() or spec.startswith((".", "~")) or spec.count("/") > 1:
+        local = path.is_file() or path.is_absolute() or spec.startswith((".", "~")) or spec.count("/") > 1
+        if local or (path.suffix == ".gguf" and gguf_file is None):
             raise ConfigError("model", spec, "an existing folder or .gguf file, a Hub id, or 'smollm2'")
         return spec, gguf_file
     if gguf_file is None:
         if not (path / "config.json").is_file():
             raise ConfigError("model", spec, "a folder with a config.json, or one named together with --gguf-file")
     else:
-        _check_gguf(path / gguf_file)
+        _check_gguf(path, gguf_file)
     return str(path), gguf_file
 
 
@@ -85,10 +88,11 @@ def _packaged_folder() -> str:
     return str(Path(found.origin).parent)
 
 
-def _check_gguf(path: Path) -> None:
+def _check_gguf(folder: Path, name: str) -> None:
     """Refuses a file that is absent or no GGUF, before any parser sees it."""
+    path = folder / name
     if not path.is_file():
-        raise ConfigError("gguf_file", path.name, f"a file in {path.parent}")
+        raise ConfigError("gguf_file", name, f"a file in {folder}")
     with path.open("rb") as file:
         if file.read(len(GGUF_MAGIC)) != GGUF_MAGIC:
             raise CorruptFileError(str(path), "not a GGUF file (its first four bytes are not 'GGUF')")

@@ -86,9 +86,11 @@ def gguf_config(file: GgufFile) -> Any:
     Raises:
         UnsupportedModelError: an architecture that transformers cannot convert.
         CorruptFileError: metadata that describe no model, or another than the tensors are of.
+        CtxoptError: the package `gguf` is missing.
     """
     from transformers import AutoConfig
 
+    need_gguf()
     place = Path(file.header.path)
     check_metadata(file)
     refuse(file)
@@ -188,6 +190,7 @@ def _tokenizer(file: GgufFile) -> Any:
     try:
         read = AutoTokenizer.from_pretrained(place.parent, gguf_file=place.name, local_files_only=True)
         return named_as_in(file, read)
-    except (ValueError, KeyError, AttributeError, NotImplementedError, ImportError) as error:
-        logger.warning("%s: transformers cannot read its tokenizer: %s", place, error)
+    except Exception as error:  # `tokenizers` raises no type of its own for merges and tokens that do not agree
+        words = " ".join(str(error).split())
+        logger.warning("%s: transformers cannot read its tokenizer: %s: %s", place, type(error).__name__, words)
         return None
