@@ -235,4 +235,4 @@ def _mix(
         share = weights[..., place : place + part.tokens]
         result += part.mix(share.reshape(part.kv_heads, -1, part.tokens)).view(heads, queries, -1)
         place += part.tokens
-    return result / total.clamp_min(torch.finfo(torch.float32).tiny)
+    return result / total.clamp_min(1.0)  # the peak's own share is 1; a query that sees nothing has 0

@@ -153,6 +153,20 @@ def test_a_query_that_sees_nothing_gives_zeros_and_the_others_stay_right(
     problem.check(torch.zeros_like(mask), **special)
 
 
+@pytest.mark.parametrize("lengths", [(5, 1, 7), (13,)])
+def test_gradients_of_a_query_that_sees_nothing_are_zeros(lengths: tuple[int, ...]) -> None:
+    """Its sums were divided by the least float: a gradient above 3.4 overflowed, and all values' were NaN."""
+    problem = Problem(lengths=lengths)
+    problem.mask[1] = False
+    states = [problem.query, *(state for part in problem.segments for state in (part.keys, part.values))]
+    for state in states:
+        state.requires_grad_()
+    out = attend(problem.query, problem.segments, problem.visible(problem.mask), 0.3)
+    out.backward(torch.full_like(out, 100.0))
+    assert all(bool(state.grad.isfinite().all()) for state in states if state.grad is not None)
+    assert not problem.query.grad[:, 1].any()
+
+
 @DTYPES
 @pytest.mark.parametrize("turned", [(0,), (0, 2), (0, 1, 2)])
 @QUERIES
