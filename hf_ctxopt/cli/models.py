@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_ctxopt.cli import console
-from hf_ctxopt.errors import ConfigError, CorruptFileError, CtxoptError
+from hf_ctxopt.errors import ConfigError, CorruptFileError, CtxoptError, UnsupportedModelError
 
 if TYPE_CHECKING:
     import torch
@@ -40,6 +40,7 @@ def load_model(
     Raises:
         ConfigError: if a name is wrong or the files are not there.
         CorruptFileError: if a GGUF file is damaged.
+        UnsupportedModelError: if a GGUF file is of no model that continues a text.
         CtxoptError: if transformers cannot load it; the message is transformers' first line.
     """
     if dtype not in DTYPES:
@@ -152,6 +153,10 @@ def _packed(path: str, dtype: Any) -> tuple[Any, Any]:
     from hf_ctxopt.weights.gguf_load import load_gguf
 
     model, tokenizer = load_gguf(path, dtype=dtype)
+    if model.config.is_encoder_decoder:
+        raise UnsupportedModelError(
+            f"{path}: {model.config.model_type} is an encoder-decoder, which continues no text"
+        )
     if tokenizer is None:
         raise CtxoptError(f"cannot load model {path!r}: it holds no tokenizer that transformers can read")
     return model, tokenizer
