@@ -76,7 +76,7 @@ inline Codes sixteens(uint32_t bits) {
   return (Codes)_mm256_maskz_set1_epi8(bits, 16);
 #else
   uint64_t each[4], which[4];
-  for (int i = 0; i < 4; i++) each[i] = (bits >> 8 * i & 255) * 0x0101010101010101, which[i] = 0x8040201008040201;
+  for (int i = 0; i < 4; i++) each[i] = (bits >> 8 * i & 255) * 0x0101010101010101u, which[i] = 0x8040201008040201;
   return (Codes)((take<Codes>(each) & take<Codes>(which)) != 0) & 16;
 #endif
 }
