@@ -102,14 +102,13 @@ class DecodeState:
         batch, columns = self.table.shape
         return batch == len(rows) and width <= columns and variants <= self.variants
 
-    def fill(self, rows: Sequence[Row], plan: StepPlan, cut: list[list[Span]], page_size: int) -> None:
+    def fill(self, rows: Sequence[Row], plan: StepPlan, cut: list[list[Span]]) -> None:
         """Write a planned step into the buffers.
 
         Args:
             rows: the group's rows, as they are after planning.
             plan: the step.
             cut: the spans of each row.
-            page_size: tokens of a page.
         """
         self.angles.clear()
         slots = [-1] * len(rows)

@@ -43,7 +43,7 @@ def save(store: PrefixStore, path: str | Path) -> int:
         body: dict[str, Any] = {
             "name": _NAME, "layout": store.description, "page_size": store.page_size,
             "nodes": [
-                {"parent": places.get(id(node.parent), -1), "namespace": store.tree.namespace_of(node),
+                {"parent": places.get(id(node.parent), -1), "namespace": node.namespace,
                  "pages": len(node.items), "priorities": node.priorities, "durations": node.durations}
                 for node in nodes
             ],
@@ -151,7 +151,7 @@ def _take(
     except CacheFullError as error:
         reason = f"its pages are more than the store's budget allows: {error}"
         raise CorruptFileError(str(found.path), reason) from error
-    _insert(store, found, new, dict(zip(wanted, _filled(store, found, wanted), strict=True)))
+    _insert(store, new, dict(zip(wanted, _filled(store, found, wanted), strict=True)))
     return len(wanted)
 
 
@@ -289,7 +289,7 @@ def _fill(store: PrefixStore, found: Stored, wanted: list[int], slots: list[Slot
                         part[:, [page - pool.first for page in pages]] = stored.to(part.device, part.dtype)
 
 
-def _insert(store: PrefixStore, found: Stored, new: list[tuple[_Text, int]], slots: dict[int, Slot]) -> None:
+def _insert(store: PrefixStore, new: list[tuple[_Text, int]], slots: dict[int, Slot]) -> None:
     try:
         for text, have in new:
             if have == text.count:

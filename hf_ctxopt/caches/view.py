@@ -197,7 +197,7 @@ class StepView:
                     segments.append(self.storage.segment(part, turned[base, leap]))
                 else:
                     keys, values = (state[:, at : at + length] for state in states)
-                    segments.append(Segment(keys, values, token, turned[base, leap]))
+                    segments.append(Segment(keys, values, turned[base, leap]))
                 tokens.append(range(token, token + length))
         return segments, tokens
 

@@ -21,13 +21,11 @@ class DecodeKernels:
     """The kernels of a one-token step.
 
     Args:
-        name: for `stats()`.
         append: stores the new states and turns the queries; see `append.append_reference`.
         decode: attention over a page table; see `paged.decode_reference`.
         workspace_bytes: scratch memory that `decode` needs for these tensors and a table of so many columns.
     """
 
-    name: str
     append: Callable[..., Tensor]
     decode: Callable[..., Tensor]
     workspace_bytes: Callable[[Tensor, PagedStates, int], int]
@@ -112,7 +110,7 @@ def _triton_kernels() -> DecodeKernels:
     def scratch(query: Tensor, pages: PagedStates, entries: int) -> int:
         return workspace_bytes(query, pages, entries, False)
 
-    return DecodeKernels("triton", _on_its_device(append), _on_its_device(decode), scratch)
+    return DecodeKernels(_on_its_device(append), _on_its_device(decode), scratch)
 
 
 def _on_its_device(kernel: Callable[..., Any]) -> Callable[..., Any]:

@@ -99,7 +99,6 @@ class LayerGroup:
         self.headroom = 0
         self.progress: dict[int, int] = dict.fromkeys(self.layers, 0)
         self.seen = 0
-        self.evicted_pages = 0
         self.recording = self.keeping = self.guarded = False
         self.begun: dict[int, dict[int, tuple[Tensor, Tensor]]] = {}
         self.evictor: Evictor | None = None
@@ -297,9 +296,7 @@ class LayerGroup:
     def drop_below(self, row: Row, lower: int, end: int) -> None:
         """Release the non-sink pages that hold nothing of `[lower, end)`."""
         first_free = -(-self.policy.sinks // self.page_size)
-        gone = row.drop(first_free, lower // self.page_size if lower < end else _ALL)
-        self.evicted_pages += len(gone)
-        self.release(gone)
+        self.release(row.drop(first_free, lower // self.page_size if lower < end else _ALL))
 
     def replace(self, row: Row, logical: int, page: int) -> None:
         """Put `page` in the place of the page that the row holds, and release that one."""
@@ -389,7 +386,7 @@ class LayerGroup:
         else:
             self.arena.clear()
         self.rows = []
-        self.evicted_pages, self.pads = 0, None  # the padding was that of the text which is forgotten
+        self.pads = None  # the padding was that of the text which is forgotten
         self.recording = self._late = self.dropped = False
         self.announced = 0
         self.set_seen(0)

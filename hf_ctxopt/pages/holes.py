@@ -56,7 +56,6 @@ def drop(group: LayerGroup, row: Row, pages: Sequence[int]) -> None:
     for logical in pages:
         group.release(row.drop(logical, logical + 1))
         row.holes[logical] = row.length
-    group.evicted_pages += len(pages)
 
 
 def gaps(row: Row, page_size: int) -> tuple[tuple[int, int], ...]:

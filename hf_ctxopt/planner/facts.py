@@ -16,7 +16,7 @@ from ..readers import check_reads
 from ..weights.linear import GgufLinear
 from ..weights.mixes import Shape
 from ..weights.roles import Role, layer_of, role
-from ..weights.sizes import meta_model, shape_of, weights_of
+from ..weights.shapes import meta_model, shape_of, weights_of
 from ..weights.stored import DENSE, UNPACKED, method_of, stored_of, stored_scheme
 from .configs import broken, config_at, config_of, gguf_file, reason
 from .held import held_bytes, is_packed, item_of

@@ -25,7 +25,7 @@ from .gguf_vocabulary import named_as_in
 from .mixes import MIXES
 from .precise import left_dense
 from .selection import is_embedding, is_linear
-from .sizes import meta_model
+from .shapes import meta_model
 from .upstream import reading_once
 
 logger = logging.getLogger(__name__)
