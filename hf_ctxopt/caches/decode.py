@@ -17,8 +17,8 @@ from ..kernels.append import QueryTurn
 from ..kernels.dispatch import DecodeKernels
 from ..kernels.paged import HEADER, PagedStates
 from ..kernels.rotate import RotaryFacts
-from ..pages.group import Retention
 from ..pages.plan import RowStep, StepPlan
+from ..pages.policy import Policy
 from ..pages.pool import SEALED
 from ..pages.rows import Row
 from ..pages.storage import LayerStorage
@@ -43,7 +43,7 @@ class Span:
     shift: int
 
 
-def spans(row: RowStep, policy: Retention, ledger: PositionLedger) -> list[Span]:
+def spans(row: RowStep, policy: Policy, ledger: PositionLedger) -> list[Span]:
     """What the row's one query sees, cut where the query must be turned by another angle.
 
     Args:

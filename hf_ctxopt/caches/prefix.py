@@ -20,13 +20,13 @@ from ..pages.arena import Arena
 from ..pages.budget import Budget
 from ..pages.group import LayerGroup
 from ..pages.plan import Pages
-from ..pages.pool import SEALED
+from ..pages.pool import KINDS, SEALED
 from ..pages.rows import Row
+from ..pages.wanted import wanted_pages
 from ..policies.sink_window import SinkWindow
 from .base import PageCache
 from .found import Found
 from .options import PageOptions, PrefixOptions
-from .slot import KINDS
 from .store import PrefixStore
 from .stores import store_named
 
@@ -301,7 +301,7 @@ def _row(group: LayerGroup, index: int, found: Found, pad: int, seen: int) -> Ro
     length = max(0, seen - pad)
     row = Row(pad, length, group.policy.horizon(length) if length else 0)
     row.sealed = length // group.page_size if group.codecs is not None else 0
-    for pages in group.wanted_pages(length, row.lower):
+    for pages in wanted_pages(group, length, row.lower):
         for logical in pages:
             page = found.slot(logical).pages[index]
             if page is None:

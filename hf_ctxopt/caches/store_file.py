@@ -18,11 +18,12 @@ from ..errors import CacheFullError, ConfigError, CorruptFileError
 from ..pages.admission import make_room
 from ..pages.group import LayerGroup
 from ..pages.plan import Pages
+from ..pages.pool import KINDS
 from ..pages.radix import Node
 from ..pages.snapshot import Stored, read, write
 from ..pages.storage import LayerStorage
 from ..policies.priority import check_duration, check_priority
-from .slot import KINDS, Slot
+from .slot import Slot
 from .store import PrefixStore
 
 _NAME = "hf_ctxopt prefix store, 1"
@@ -242,7 +243,7 @@ def _affordable(group: LayerGroup, shapes: dict[str, list[int]], index: int, pag
     if limit.nbytes is None or group.arena.storages:
         return True
     least = sum(heads * (k + v) for key, (heads, k, v) in shapes.items() if key.startswith(f"{index}."))
-    bits = 16 if group.codecs is None else min(group.codecs.keys.bits, group.codecs.values.bits)
+    bits = 16 if group.codecs is None else min(group.codecs.bits)
     return sum(pages) * group.page_size * least * bits // 8 <= limit.nbytes
 
 

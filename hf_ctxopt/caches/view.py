@@ -15,8 +15,8 @@ from ..kernels.native import attend as native
 from ..kernels.rotate import RotaryFacts, rotation, turn
 from ..kernels.sealed import SealedSegment
 from ..pages.carry_out import write
-from ..pages.group import Retention
 from ..pages.plan import RowStep, StepPlan
+from ..pages.policy import Policy
 from ..pages.rows import Stretch
 from ..pages.storage import LayerStorage
 from . import chunk
@@ -73,7 +73,7 @@ class StepView:
     storage: LayerStorage
     keys: Tensor
     values: Tensor
-    policy: Retention
+    policy: Policy
     ledger: PositionLedger
     facts: RotaryFacts | None
     model_window: bool = False
@@ -174,12 +174,12 @@ class StepView:
         storage, memo = self.storage, self.plan.memo
         if storage.codecs is None or self.facts is not None or not self.written or not self.plain(mask):
             return None
-        if "pieces" not in memo:
-            memo["pieces"] = [storage.piece(held) for held in self.plan.rows[0].after]
+        if "places" not in memo:
+            memo["places"] = [storage.place(held) for held in self.plan.rows[0].after]
         asked, pages = storage.turned_query(query), storage.all_pages
-        if not native.serves_pages(asked, pages, memo["pieces"]):
+        if not native.serves_pages(asked, pages, memo["places"]):
             return None
-        out = native.attend_pages(asked, pages, memo["pieces"], scaling, softcap, sink_logits)
+        out = native.attend_pages(asked, pages, memo["places"], scaling, softcap, sink_logits)
         return storage.plain_values(out)
 
     def _segments(self, index: int, row: RowStep, query: Tensor) -> tuple[list[Segment | SealedSegment], list[range]]:

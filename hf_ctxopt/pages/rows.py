@@ -12,6 +12,8 @@ from dataclasses import dataclass, field, replace
 
 from .pool import SEALED
 
+END = 1 << 62  # past any logical page
+
 
 @dataclass
 class Run:

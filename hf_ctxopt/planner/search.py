@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..caches.options import check_int
+from ..caches.options import PageOptions, check_int
 from ..errors import ConfigError, DoesNotFitError
 from ..weights.mixes import MIXES
 from ..weights.others import OTHERS
@@ -305,12 +305,8 @@ class _Search:
 
 
 def _bits(kv_bits: int | Mapping[str, int] | None, page_size: int) -> tuple[int, int] | None:
-    from ..caches.options import PageOptions
-
-    PageOptions(kv_bits=16 if kv_bits is None else kv_bits, page_size=page_size)  # says what is allowed
-    if kv_bits is None:
-        return None
-    return (kv_bits["k"], kv_bits["v"]) if isinstance(kv_bits, Mapping) else (kv_bits, kv_bits)
+    bits = PageOptions(kv_bits=16 if kv_bits is None else kv_bits, page_size=page_size).bits  # says what is allowed
+    return None if kv_bits is None else (bits["k"], bits["v"])
 
 
 def _needs(probe: Any, context: int | None) -> Needs | None:
