@@ -11,6 +11,7 @@ from transformers.modeling_utils import PreTrainedModel
 
 from ..caches import CACHES
 from ..caches.base import PageCache
+from ..caches.context import ATTENTION
 from ..caches.options import PageOptions, PrefixOptions, PriorityOptions, SinkOptions
 from ..caches.prefix import PrefixCache
 from ..errors import ConfigError, UnsupportedModelError
@@ -130,7 +131,7 @@ def _check_length(name: str, facts: PositionFacts, options: Evicting, expected: 
 
 
 def _check_padding(text: Any, options: Evicting, pads: Sequence[int] | None, expected: int | None) -> None:
-    fused = getattr(text, "_attn_implementation", None) == "ctxopt"
+    fused = getattr(text, "_attn_implementation", None) == ATTENTION
     if fused or pads is None or len(set(pads)) == 1:
         return
     if isinstance(options, PriorityOptions):

@@ -21,6 +21,7 @@ from ..caches.found import Found
 from ..caches.layer import PageLayer
 from ..caches.prefix import PrefixCache
 from ..errors import out_of_memory
+from ..pages.radix_node import same_tokens
 from .build import length_limit
 from .chunking import chunk_size
 from .compat import cache_argument, cache_in, generate_argument
@@ -243,9 +244,7 @@ def _unique(texts: Sequence[list[int]], found: Sequence[Found]) -> int:
     """Tokens to compute where each distinct beginning is computed once."""
     total, before = 0, [-1]
     for text, one in sorted(zip(texts, found, strict=True), key=lambda pair: pair[0]):
-        same = next((at for at, (a, b) in enumerate(zip(text, before, strict=False)) if a != b),
-                    min(len(text), len(before)))  # fmt: skip
-        total += max(0, len(text) - 1 - max(same, one.tokens))
+        total += max(0, len(text) - 1 - max(same_tokens(text, before), one.tokens))
         before = text
     return total
 

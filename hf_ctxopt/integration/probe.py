@@ -23,7 +23,7 @@ from transformers.modeling_utils import AttentionInterface, PreTrainedModel
 from ..caches.options import PageOptions, check_int
 from ..errors import ConfigError, UnsupportedModelError
 from ..planner.facts import facts_of
-from ..planner.needs import BITS, SEEK, TIMES, GroupNeeds, Needs
+from ..planner.needs import BITS, LEAST_WINDOW, SEEK, SINKS, TIMES, GroupNeeds, Needs
 from ..policies.sink_window import SinkWindow
 from .attention import stock_attention
 from .attention_mass import Scored, outside
@@ -33,7 +33,6 @@ from .compat import cache_argument
 from .mask import LazyMask, lazy_mask
 from .patch import configs_of
 
-SINKS, LEAST_WINDOW = 4, 256
 LAST, ANSWER = 16, 16
 SAMPLES = 256
 CHUNK = 512  # tokens read at once

@@ -5,6 +5,7 @@ Read from a config, with the model on the meta device, or from a model as it sta
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,9 +18,9 @@ from ..weights.linear import GgufLinear
 from ..weights.mixes import Shape
 from ..weights.roles import Role, layer_of, role
 from ..weights.shapes import meta_model, shape_of, weights_of
-from ..weights.stored import DENSE, UNPACKED, method_of, stored_of, stored_scheme
+from ..weights.stored import DENSE, UNPACKED, is_packed, method_of, stored_of, stored_scheme
 from .configs import broken, config_at, config_of, gguf_file, reason
-from .held import held_bytes, is_packed, item_of
+from .held import held_bytes, item_of
 
 _LENGTHS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "n_ctx")
 """What configs call the trained length, in the order in which they are asked."""
@@ -72,10 +73,7 @@ class Matrix:
     @property
     def numel(self) -> int:
         """Its weights."""
-        total = 1
-        for size in self.shape:
-            total *= size
-        return total
+        return math.prod(self.shape)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)  # by identity: what is worked out of them is kept (`schemes.py`)

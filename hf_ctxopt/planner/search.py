@@ -15,19 +15,18 @@ from .fit import Choice, Task
 from .footprint import chunks_for
 from .hardware import bytes_of
 from .ladder import Rung, ladder, worse
-from .needs import ERROR, Needs, described
+from .needs import ERROR, LEAST_WINDOW, SINKS, Needs, described
 from .outcome import milliseconds, plan_of, refusal
 from .plan import Plan
 from .profiles import MOST
 from .remedies import rejections
 from .schemes import LOADED, PLAIN
-from .valid import GOALS
+from .valid import GOALS, HOST_PARTS
 
 USUAL_CONTEXT = 8192
 """Tokens planned for where none are asked for, if the model was trained on so many."""
 LEAST_CONTEXT = 2048
 """Fewest tokens that are worth planning for where none are asked for; or the usual ones, if those are fewer."""
-SINKS, LEAST_WINDOW = 4, 256
 WINDOW_CHUNK, SHORTER_CHUNK = 256, 512  # what windows and contexts that fill the card leave for chunks
 ALIKE = 1.05  # times this close together count as equal: the better quality is taken
 
@@ -280,8 +279,7 @@ class _Search:
         """Parts of the model that may go to the host, the card for all of them first."""
         if not self.task.card.accelerator or self.rungs[0].weights == LOADED:
             return [()]
-        both = ("embedding", "head")
-        return [(), both] if self.task.facts.tied else [(), ("embedding",), both]
+        return [(), HOST_PARTS] if self.task.facts.tied else [(), HOST_PARTS[:1], HOST_PARTS]
 
     def _try(self, rung: Rung, tokens: int, host: tuple[str, ...] = (), window: int | None = None) -> Choice | None:
         """The choice with the largest chunk that holds `tokens`; `None` if none does."""
