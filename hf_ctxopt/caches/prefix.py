@@ -34,7 +34,7 @@ from .stores import store_named
 class PrefixCache(PageCache):
     """One call's rows over the pages of a store. Sliding layers of the model keep their own window.
 
-    What is reused is decided by `integration/prefill.py`, which knows the tokens.
+    What is reused is decided by `integration/reuse.py`, which knows the tokens.
 
     Args:
         config: see `PageCache`.

@@ -10,7 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ..pages.codec import Codec
-from .facts import LayerShape, ModelFacts
+from .facts import ModelFacts
+from .layers import LayerShape
 from .profiles import GIB
 from .schemes import WeightBytes
 
