@@ -57,7 +57,7 @@ class PageLayer(CacheLayerMixin):
 
     @property
     def keys(self) -> Any:  # type: ignore[override]
-        """Nothing to read or to write: `None` would let models that try go on and be wrong (see `readers.py`).
+        """Nothing to read or to write: `None` would let models that try go on and be wrong (see `models/readers.py`).
 
         Raises:
             UnsupportedModelError: always.

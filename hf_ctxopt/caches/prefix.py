@@ -14,7 +14,7 @@ from typing import Any
 from torch import LongTensor, Tensor
 
 from ..errors import CacheFullError
-from ..layerwise import layer_values
+from ..models.layerwise import layer_values
 from ..pages.admission import make_room
 from ..pages.arena import Arena
 from ..pages.budget import Budget

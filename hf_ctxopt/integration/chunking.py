@@ -24,7 +24,7 @@ import torch
 from torch import nn
 
 from ..caches.options import PageOptions, PriorityOptions, SinkOptions
-from ..layerwise import largest
+from ..models.layerwise import largest
 from ..pages.budget import Budget
 
 SMALL = 1024

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..caches.layer import PageLayer
 from ..caches.prefix import PrefixCache
-from .build import length_limit
+from ..models.lengths import length_limit
 from .fingerprint import fingerprint
 from .generate import only_text
 from .positions import padding_of

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError, UnsupportedModelError
-from ..layerwise import largest, layer_values
-from ..readers import check_reads
+from ..models.layerwise import largest, layer_values
+from ..models.lengths import length_limit, rope_sets, trained_length
+from ..models.readers import check_reads
 from ..weights.linear import GgufLinear
 from ..weights.mixes import Shape
 from ..weights.shapes import meta_model, shape_of, weights_of
@@ -22,11 +23,8 @@ from .configs import broken, config_at, config_of, gguf_file, reason
 from .held import held_bytes, item_of
 from .layers import LayerShape, layer_shapes
 
-_LENGTHS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "n_ctx")
-"""What configs call the trained length, in the order in which they are asked."""
 _CHOSEN = ("num_experts_per_tok", "top_k_experts", "moe_topk")
 """What configs call the experts that a token goes through."""
-_LENGTH_SCALED = ("dynamic", "longrope")
 
 
 @dataclass(frozen=True)
@@ -174,7 +172,7 @@ def _facts(config: Any, model: Any, source: str | None, stored: str | None = Non
     hidden = largest(text, "hidden_size")
     inner = largest(text, "intermediate_size") or largest(text, "n_inner") or 4 * hidden
     narrow = largest(text, "moe_intermediate_size")
-    trained, packed = _trained(text), model is not None and is_packed(model)
+    trained, packed = trained_length(text), model is not None and is_packed(model)
     return ModelFacts(
         name=source or str(getattr(config, "_name_or_path", "") or config.model_type), source=source, groups=groups,
         matrices=_matrices(module), shape=shape_of(config), trained=trained, window_limit=_window_limit(text, trained),
@@ -224,25 +222,9 @@ def _matrices(module: Any) -> tuple[Matrix, ...]:
     )
 
 
-def _rope_sets(text: Any) -> list[Mapping[str, Any]]:
-    given = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
-    return [given] if "rope_type" in given else [part for part in given.values() if isinstance(part, Mapping)]
-
-
-def _trained(text: Any) -> int | None:
-    """Tokens that the model was trained on; `None` if its config says nothing, or "any" as XLNet's -1 does."""
-    given = (getattr(text, name, None) for name in _LENGTHS)
-    return next((int(length) for length in given if isinstance(length, int | float) and length >= 1), None)
-
-
 def _window_limit(text: Any, trained: int | None) -> int | None:
     """Tokens that may be held while others go: the trained length, less where rotation rescales with the length."""
-    sets = _rope_sets(text)
-    if (not sets and not hasattr(text, "rope_theta")) or getattr(text, "alibi", False):
+    if (not rope_sets(text) and not hasattr(text, "rope_theta")) or getattr(text, "alibi", False):
         return None  # learned or relative positions: what leaves cannot be made up for
-    limits = [
-        int(part.get("original_max_position_embeddings") or trained or 0) - 1
-        for part in sets
-        if part.get("rope_type") in _LENGTH_SCALED
-    ]
-    return min([limit for limit in [*limits, trained or 0] if limit > 0], default=None)
+    limits = [(length_limit(text) or 0) - 1, trained or 0]
+    return min((limit for limit in limits if limit > 0), default=None)

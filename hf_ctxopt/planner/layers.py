@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import UnsupportedModelError
-from ..layerwise import largest, layer_value
+from ..models.layerwise import largest, layer_value
 from ..weights.roles import Role, layer_of, role
 from .configs import broken, reason
 

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from ..errors import UnsupportedModelError
-from ..layerwise import largest
+from ..models.layerwise import largest
 from .mixes import Shape
 
 
