@@ -1,6 +1,6 @@
 """The device side of one-token steps: tables and step state in fixed buffers, and attention through the kernels.
 
-What decides a step is worked out on the host (`pages/group.py`) and lies in a few small device tensors of fixed shape
+What decides a step is worked out on the host (`pages/begin.py`) and lies in a few small device tensors of fixed shape
 and address: the kernels read nothing else, so a captured CUDA graph can be replayed while lengths grow, pages change
 and sinks shift.
 """

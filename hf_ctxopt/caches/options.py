@@ -167,7 +167,7 @@ class SinkOptions(PageOptions):
             raise ConfigError("budget", limit, f"at least sinks + window = {self.sinks + self.window} tokens")
 
     @property
-    def most_tokens(self) -> int | None:
+    def most_tokens(self) -> int:
         """Tokens of a row after which some go."""
         return self.sinks + self.window
 

@@ -194,10 +194,9 @@ class PrefixCache(PageCache):
                 for pages, group in zip(listed, self.groups, strict=True)
             ]
             for group, page in zip(self.groups, pages, strict=True):
-                waiting = page is not None and page < SEALED and group.codecs is not None
-                if (page is None and group.policy.most_held is None) or (
-                    waiting and group.codecs is not None and logical >= group.codecs.open_first
-                ):
+                if page is None and group.policy.most_held is None:
+                    return found
+                if page is not None and page < SEALED and group.codecs and logical >= group.codecs.open_first:
                     return found  # full, but not yet as it will stay
             found.append(pages)
         return found
@@ -316,10 +315,10 @@ def _own(group: LayerGroup, row: Row) -> None:
     page = row.page_of(logical) if row.length % group.page_size else None
     if page is None:
         return
-    copy = group.pool.take(1, page if page < SEALED else None)[0]
+    own = group.pool.take(1, page if page < SEALED else None)[0]
     for storage in group.storages.values():
         if page < SEALED:
-            storage.copy_pages([(page, copy)])
+            storage.copy_pages([(page, own)])
         else:
-            storage.reopen(page, copy)
-    group.replace(row, logical, copy)
+            storage.reopen(page, own)
+    group.replace(row, logical, own)

@@ -129,7 +129,7 @@ def _fits(group: LayerGroup, ends: list[int], lows: list[int]) -> bool:
 
 
 def _rehearse(
-    group: LayerGroup, rows: list[Row], ends: list[int], keep: list[int], sealing: bool, drops: list[list[int]]
+    group: LayerGroup, rows: list[Row], ends: list[int], keep: list[int], sealing: bool, leaving: list[list[int]]
 ) -> Pages:
     """Pages in use after the step, with all drops before all takes: what `begin` will do, counted only."""
     pools = {False: group.pool, True: group.sealed}
@@ -137,7 +137,7 @@ def _rehearse(
     lost: Counter[int] = Counter()
     writers: Counter[int] = Counter()
     full: set[int] = set()
-    for row, end, lower, dropped in zip(rows, ends, keep, drops, strict=True):
+    for row, end, lower, dropped in zip(rows, ends, keep, leaving, strict=True):
         gone = {page for logical in dropped if (page := row.page_of(logical)) is not None}
         if lower > row.lower:
             wanted = wanted_pages(group, row.length, lower)

@@ -121,9 +121,9 @@ def _extend(group: LayerGroup, plan: StepPlan, index: int, end: int, keep: int) 
     missing = [page for pages in missing_pages(group, row, end, keep) for page in pages]
     if missing:
         direct = [logical for logical in missing if logical in whole]
-        room = len(group.rows) > 1
-        opened = iter(group.pool.take(len(missing) - len(direct), _last(row, sealed=False), room))
-        sealed = iter(group.sealed.take(len(direct), _last(row, sealed=True), room))
+        leave_room = len(group.rows) > 1
+        opened = iter(group.pool.take(len(missing) - len(direct), _last(row, sealed=False), leave_room))
+        sealed = iter(group.sealed.take(len(direct), _last(row, sealed=True), leave_room))
         for logical in missing:
             row.add(logical, next(sealed if logical in whole else opened))
             if group.evictor is not None:
