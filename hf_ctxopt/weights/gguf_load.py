@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ..errors import ConfigError, CorruptFileError
+from ..errors import ConfigError, CorruptFileError, first_line
 from .codecs import decode
 from .config import GgufQuantConfig
 from .experts import experts_part
@@ -25,7 +25,7 @@ from .gguf_vocabulary import named_as_in
 from .mixes import MIXES
 from .precise import left_dense
 from .selection import is_embedding, is_linear
-from .sizes import meta_model
+from .shapes import meta_model
 from .upstream import reading_once
 
 logger = logging.getLogger(__name__)
@@ -191,6 +191,5 @@ def _tokenizer(file: GgufFile) -> Any:
         read = AutoTokenizer.from_pretrained(place.parent, gguf_file=place.name, local_files_only=True)
         return named_as_in(file, read)
     except Exception as error:  # `tokenizers` raises no type of its own for merges and tokens that do not agree
-        words = " ".join(str(error).split())
-        logger.warning("%s: transformers cannot read its tokenizer: %s: %s", place, type(error).__name__, words)
+        logger.warning("%s: transformers cannot read its tokenizer: %s", place, first_line(error))
         return None

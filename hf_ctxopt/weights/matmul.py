@@ -44,7 +44,7 @@ def gguf_matmul(x: Tensor, packed: Tensor, type: str) -> Tensor:
 
 def _matmul(rows: Tensor, packed: Tensor, type: str) -> Tensor:
     kernel = gguf_kernel(rows.device)
-    served = len(rows) <= GGUF_ROWS and rows.dtype != torch.float64  # kernels sum in float32
+    served = rows.shape[0] <= GGUF_ROWS and rows.dtype != torch.float64  # kernels sum in float32
     if kernel is not None and served and not (torch.is_grad_enabled() and rows.requires_grad):
         return kernel(rows, packed, type)
     return decoded_matmul(rows, packed, type)

@@ -17,7 +17,7 @@ from hf_ctxopt.weights.experts import GgufExperts
 from hf_ctxopt.weights.gguf_file import GgufFile
 from hf_ctxopt.weights.gguf_load import gguf_config, load_gguf
 from hf_ctxopt.weights.linear import GgufEmbedding, GgufLinear
-from hf_ctxopt.weights.sizes import meta_model
+from hf_ctxopt.weights.shapes import meta_model
 from tests.weights.test_gguf_names import SMALL, write
 
 IDS = torch.arange(2, 30).view(2, -1)
