@@ -100,3 +100,8 @@ def out_of_memory(error: BaseException) -> bool:
     if isinstance(error, MemoryError) or (torch is not None and isinstance(error, torch.OutOfMemoryError)):
         return True
     return type(error).__module__ in ("builtins", "torch") and any(sign in str(error) for sign in _NO_MEMORY)
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an exception's message; its type's name where it has none."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -93,7 +93,7 @@ def _read(pages: PagedStates, table: Tensor) -> tuple[Tensor, Tensor]:
     )
 
 
-KERNELS = DecodeKernels("stand-in", append, decode, lambda query, pages, entries: 0)
+KERNELS = DecodeKernels(append, decode, lambda query, pages, entries: 0)
 
 
 class _Tape(TorchDispatchMode):

@@ -70,7 +70,7 @@ class PageCache(DynamicCache, ABC):
         policies: dict[SinkWindow, list[int]] = {}
         for index, window in windows.items():
             policies.setdefault(self.policy(window, None not in windows.values()), []).append(index)
-        codecs = [options.codecs(None if policy.most_held is None else policy.sinks) for policy in policies]
+        codecs = [options.codecs(policy) for policy in policies]
         arenas = [Arena(layers, options.page_size, codec)
                   for layers, codec in zip(policies.values(), codecs, strict=True)]  # fmt: skip
         budget, arenas = self._pages(list(policies), arenas)
@@ -199,7 +199,7 @@ class PageCache(DynamicCache, ABC):
                 "re-encoded"
             )
         options = replace(self.options, kv_bits=kv_bits)
-        wanted = [options.codecs(None if g.policy.most_held is None else g.policy.sinks) for g in self.groups]
+        wanted = [options.codecs(group.policy) for group in self.groups]
         for group, codecs in zip(self.groups, wanted, strict=True):
             _check_requantize(group, codecs, kv_bits)
         before = self.nbytes
@@ -261,8 +261,7 @@ def _check_requantize(group: LayerGroup, codecs: Codecs | None, kv_bits: Any) ->
     """Raise unless the group's pages can be stored by `codecs` (`None`: 16 bits)."""
     if group.arena.shared:
         raise ConfigError("kv_bits", kv_bits, "unchanged: other texts read the pages of a prefix store")
-    held = (16, 16) if group.codecs is None else (group.codecs.keys.bits, group.codecs.values.bits)
-    asked = (16, 16) if codecs is None else (codecs.keys.bits, codecs.values.bits)
+    held, asked = _bits(group.codecs), _bits(codecs)
     if any(new > old for new, old in zip(asked, held, strict=True)):
         raise ConfigError("kv_bits", kv_bits, f"at most {held[0]} for K and {held[1]} for V, which the pages have")
     if codecs is not None:
@@ -270,8 +269,13 @@ def _check_requantize(group: LayerGroup, codecs: Codecs | None, kv_bits: Any) ->
             codecs.check(storage.keys, storage.values)
 
 
+def _bits(codecs: Codecs | None) -> tuple[int, int]:
+    """Bits of full pages' K and V."""
+    return (16, 16) if codecs is None else codecs.bits
+
+
 def _group_stats(group: LayerGroup) -> dict[str, Any]:
-    held, codecs = group.held(), group.codecs
+    held = group.held()
     return {
         "layers": list(group.layers),
         "sinks": group.policy.sinks,
@@ -287,5 +291,5 @@ def _group_stats(group: LayerGroup) -> dict[str, Any]:
             "open": group.arena.used.open,
             "sealed": group.arena.used.sealed,
         },
-        "kv_bits": {"k": 16, "v": 16} if codecs is None else {"k": codecs.keys.bits, "v": codecs.values.bits},
+        "kv_bits": dict(zip("kv", _bits(group.codecs), strict=True)),
     }

@@ -1,6 +1,6 @@
 """The device side of one-token steps: tables and step state in fixed buffers, and attention through the kernels.
 
-What decides a step is worked out on the host (`pages/group.py`) and lies in a few small device tensors of fixed shape
+What decides a step is worked out on the host (`pages/begin.py`) and lies in a few small device tensors of fixed shape
 and address: the kernels read nothing else, so a captured CUDA graph can be replayed while lengths grow, pages change
 and sinks shift.
 """
@@ -17,8 +17,8 @@ from ..kernels.append import QueryTurn
 from ..kernels.dispatch import DecodeKernels
 from ..kernels.paged import HEADER, PagedStates
 from ..kernels.rotate import RotaryFacts
-from ..pages.group import Retention
 from ..pages.plan import RowStep, StepPlan
+from ..pages.policy import Policy
 from ..pages.pool import SEALED
 from ..pages.rows import Row
 from ..pages.storage import LayerStorage
@@ -43,7 +43,7 @@ class Span:
     shift: int
 
 
-def spans(row: RowStep, policy: Retention, ledger: PositionLedger) -> list[Span]:
+def spans(row: RowStep, policy: Policy, ledger: PositionLedger) -> list[Span]:
     """What the row's one query sees, cut where the query must be turned by another angle.
 
     Args:
@@ -102,14 +102,13 @@ class DecodeState:
         batch, columns = self.table.shape
         return batch == len(rows) and width <= columns and variants <= self.variants
 
-    def fill(self, rows: Sequence[Row], plan: StepPlan, cut: list[list[Span]], page_size: int) -> None:
+    def fill(self, rows: Sequence[Row], plan: StepPlan, cut: list[list[Span]]) -> None:
         """Write a planned step into the buffers.
 
         Args:
             rows: the group's rows, as they are after planning.
             plan: the step.
             cut: the spans of each row.
-            page_size: tokens of a page.
         """
         self.angles.clear()
         slots = [-1] * len(rows)

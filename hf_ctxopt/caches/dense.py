@@ -1,4 +1,7 @@
-"""Where the dense route's columns come from: made once per step and group, shared by the layers."""
+"""The dense route: K and V of a step as stock attention wants them, and where their columns come from.
+
+Where they come from is worked out once per step and group, and shared by the layers.
+"""
 
 from __future__ import annotations
 
@@ -75,3 +78,55 @@ class DenseLayout:
             self.rotations[facts.inv_freq] = rotation(delta, facts, keys.device)
         turned = turn(keys[:, :, self.start : self.stop], *self.rotations[facts.inv_freq], facts)
         return torch.cat([keys[:, :, : self.start], turned, keys[:, :, self.stop :]], dim=2)
+
+
+def dense_states(view: StepView) -> tuple[Tensor, Tensor]:
+    """K and V as stock attention wants them, `(batch, kv_heads, length, head_dim)`, rows right-aligned."""
+    view.store()
+    if view.plan.dense_before == 0:
+        return view.keys, view.values
+    key = ("dense", view.facts is None)  # a model may rotate some layers only (SmolLM3)
+    if key not in view.plan.memo:
+        view.plan.memo[key] = DenseLayout.of(view)
+    layout: DenseLayout = view.plan.memo[key]
+    if view.old is not None:
+        keys, values = view.storage.plain(_old(view, view.keys, 1), _old(view, view.values, 2))
+        keys = torch.cat([layout.turn(keys, view.facts), view.keys], dim=2)
+        return keys, torch.cat([values, view.values], dim=2)
+    if view.storage.codecs is not None:
+        keys, values = _decoded(view, layout.rows)
+    elif layout.single is not None:
+        keys, values = (part[None] for part in view.storage.read(layout.single))
+    else:
+        keys, values = view.storage.gather(layout.slots_on(view.keys.device))
+    return layout.turn(keys, view.facts), values
+
+
+def _decoded(view: StepView, rows: list[list[Stretch]]) -> tuple[Tensor, Tensor]:
+    """All rows' tokens in the model's basis, right-aligned, `(batch, kv_heads, length, head_dim)`."""
+    joined = [like.new_zeros(*like.shape[:2], view.length, like.shape[-1]) for like in (view.keys, view.values)]
+    for index, stretches in enumerate(rows):
+        column = view.length - sum(stretch.length for stretch in stretches)
+        row = view.plan.rows[index]
+        for stretch, states in (piece for held in stretches for piece in view.not_encoded(index, row, held)):
+            stop = column + stretch.length
+            for target, part in zip(joined, states or view.storage.read(stretch), strict=True):
+                target[index, :, column:stop] = part
+            column = stop
+    keys, values = view.storage.plain(*joined)
+    # The step's own tokens are there unquantized.
+    new = slice(view.plan.dense_before, None)
+    keys[:, :, new], values[:, :, new] = view.keys, view.values
+    return keys, values
+
+
+def _old(view: StepView, like: Tensor, which: int) -> Tensor:
+    """The copies of a step that is not in place, right-aligned, `(batch, kv_heads, dense_before, head_dim)`."""
+    joined = like.new_zeros(*like.shape[:2], view.plan.dense_before, like.shape[-1])
+    for index, pieces in enumerate(view.old or []):
+        column = view.plan.dense_before - sum(piece[0].length for piece in pieces)
+        for piece in pieces:
+            part: Tensor = piece[which]  # type: ignore[assignment]
+            joined[index, :, column : column + part.shape[1]] = part
+            column += part.shape[1]
+    return joined

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .context import CacheContext
+from .dense import dense_states
 from .view import StepView
 
 
@@ -51,7 +52,7 @@ class KVHandle:
     def dense(self, reason: str) -> Tensor:
         """The dense tensor, `(batch, kv_heads, seq, head_dim)`; `reason` is logged once and counted."""
         self._context.fall_back(reason)
-        return self.view.dense()[int(self._values)]
+        return dense_states(self.view)[int(self._values)]
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):

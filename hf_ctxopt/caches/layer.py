@@ -20,6 +20,7 @@ from ..pages.plan import StepPlan
 from .arriving import fitting
 from .context import CacheContext, NotReplayable, debugging
 from .decode import DecodeState
+from .dense import dense_states
 from .handle import KVHandle
 from .planned import decode_state
 from .view import StepView
@@ -56,7 +57,7 @@ class PageLayer(CacheLayerMixin):
 
     @property
     def keys(self) -> Any:  # type: ignore[override]
-        """Nothing to read or to write: `None` would let models that try go on and be wrong (see `readers.py`).
+        """Nothing to read or to write: `None` would let models that try go on and be wrong (see `models/readers.py`).
 
         Raises:
             UnsupportedModelError: always.
@@ -142,7 +143,7 @@ class PageLayer(CacheLayerMixin):
         self._count("fused" if fused else "dense")
         if fused:
             return KVHandle(view, self.context, values=False), KVHandle(view, self.context, values=True)
-        return view.dense()
+        return dense_states(view)
 
     def _count(self, route: str) -> None:
         """The layer has taken a step; the group's first layer counts it."""

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 from ..errors import ConfigError
 from ..pages.budget import Budget
 from ..pages.codec import Codec
+from ..pages.policy import Policy
 from ..pages.sealed import Codecs
 from ..policies.priority import DEFAULT_PRIORITY, Retention, check_priority
 
@@ -64,18 +65,23 @@ class PageOptions:
         if limit.tokens is not None and limit.tokens < self.page_size:
             raise ConfigError("budget", self.budget, f"at least one page of {self.page_size} tokens")
 
-    def codecs(self, sinks: int | None) -> Codecs | None:
+    @property
+    def bits(self) -> dict[str, int]:
+        """`kv_bits` of K and of V, however they were given."""
+        return dict(self.kv_bits) if isinstance(self.kv_bits, Mapping) else dict.fromkeys("kv", self.kv_bits)
+
+    def codecs(self, policy: Policy) -> Codecs | None:
         """How full pages are stored; `None` where they stay as they are.
 
         Args:
-            sinks: first tokens that the layers always keep; `None` if they keep all.
+            policy: what the layers keep.
         """
-        bits = {part: self.kv_bits[part] if isinstance(self.kv_bits, Mapping) else self.kv_bits for part in "kv"}
+        bits = self.bits
         if bits == {"k": 16, "v": 16}:
             return None
         rotate = self.rotate if isinstance(self.rotate, Mapping) else dict.fromkeys("kv", self.rotate)
         turn = {part: _ROTATED[part, bits[part]] if rotate[part] is None else bool(rotate[part]) for part in "kv"}
-        first = 0 if self.seal_sinks else 1 if sinks is None else -(-sinks // self.page_size)
+        first = 0 if self.seal_sinks else 1 if policy.most_held is None else -(-policy.sinks // self.page_size)
         return Codecs(
             Codec(bits["k"], over_tokens=True), Codec(bits["v"], over_tokens=False), turn["k"], turn["v"], first
         )
@@ -161,7 +167,7 @@ class SinkOptions(PageOptions):
             raise ConfigError("budget", limit, f"at least sinks + window = {self.sinks + self.window} tokens")
 
     @property
-    def most_tokens(self) -> int | None:
+    def most_tokens(self) -> int:
         """Tokens of a row after which some go."""
         return self.sinks + self.window
 

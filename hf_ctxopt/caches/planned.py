@@ -120,7 +120,7 @@ def decode_state(context: CacheContext, group: LayerGroup, plan: StepPlan, stora
             width = max(max(pages) + max(pages) // 4, capacity) + 1
             state = DecodeState(device, len(group.rows), variants, width, kernels)
             context.decoders[group, device] = state
-        state.fill(group.rows, plan, cut, group.page_size)
+        state.fill(group.rows, plan, cut)
         memo[key] = state
     found: DecodeState = memo[key]
     return found

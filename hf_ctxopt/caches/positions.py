@@ -33,9 +33,9 @@ class PositionLedger:
 
     def open(self, seen: int, queries: int) -> int:
         """The base to subtract from the positions of the coming forward pass."""
-        if self.span is not None and self._opened != seen and seen > self.base:
-            if seen + queries - self.base > self.span:
-                self._start(seen, seen)
+        new = self._opened != seen and seen > self.base
+        if self.span is not None and new and seen + queries - self.base > self.span:
+            self._start(seen, seen)
         self._opened = seen
         return self.base
 

@@ -14,19 +14,19 @@ from typing import Any
 from torch import LongTensor, Tensor
 
 from ..errors import CacheFullError
-from ..layerwise import layer_values
+from ..models.layerwise import layer_values
 from ..pages.admission import make_room
 from ..pages.arena import Arena
 from ..pages.budget import Budget
 from ..pages.group import LayerGroup
 from ..pages.plan import Pages
-from ..pages.pool import SEALED
+from ..pages.pool import KINDS, SEALED
 from ..pages.rows import Row
+from ..pages.wanted import wanted_pages
 from ..policies.sink_window import SinkWindow
 from .base import PageCache
 from .found import Found
 from .options import PageOptions, PrefixOptions
-from .slot import KINDS
 from .store import PrefixStore
 from .stores import store_named
 
@@ -34,7 +34,7 @@ from .stores import store_named
 class PrefixCache(PageCache):
     """One call's rows over the pages of a store. Sliding layers of the model keep their own window.
 
-    What is reused is decided by `integration/prefill.py`, which knows the tokens.
+    What is reused is decided by `integration/reuse.py`, which knows the tokens.
 
     Args:
         config: see `PageCache`.
@@ -194,10 +194,9 @@ class PrefixCache(PageCache):
                 for pages, group in zip(listed, self.groups, strict=True)
             ]
             for group, page in zip(self.groups, pages, strict=True):
-                waiting = page is not None and page < SEALED and group.codecs is not None
-                if (page is None and group.policy.most_held is None) or (
-                    waiting and group.codecs is not None and logical >= group.codecs.open_first
-                ):
+                if page is None and group.policy.most_held is None:
+                    return found
+                if page is not None and page < SEALED and group.codecs and logical >= group.codecs.open_first:
                     return found  # full, but not yet as it will stay
             found.append(pages)
         return found
@@ -301,7 +300,7 @@ def _row(group: LayerGroup, index: int, found: Found, pad: int, seen: int) -> Ro
     length = max(0, seen - pad)
     row = Row(pad, length, group.policy.horizon(length) if length else 0)
     row.sealed = length // group.page_size if group.codecs is not None else 0
-    for pages in group.wanted_pages(length, row.lower):
+    for pages in wanted_pages(group, length, row.lower):
         for logical in pages:
             page = found.slot(logical).pages[index]
             if page is None:
@@ -316,10 +315,10 @@ def _own(group: LayerGroup, row: Row) -> None:
     page = row.page_of(logical) if row.length % group.page_size else None
     if page is None:
         return
-    copy = group.pool.take(1, page if page < SEALED else None)[0]
+    own = group.pool.take(1, page if page < SEALED else None)[0]
     for storage in group.storages.values():
         if page < SEALED:
-            storage.copy_pages([(page, copy)])
+            storage.copy_pages([(page, own)])
         else:
-            storage.reopen(page, copy)
-    group.replace(row, logical, copy)
+            storage.reopen(page, own)
+    group.replace(row, logical, own)

@@ -8,15 +8,7 @@ import torch
 from torch import Tensor
 
 from ..pages.arena import Arena
-from ..pages.pool import SEALED
-
-KINDS = ("o", "s")
-"""Open and sealed pages."""
-
-
-def kind_of(page: int) -> str:
-    """Of `KINDS`."""
-    return KINDS[page >= SEALED]
+from ..pages.pool import KINDS, SEALED, kind_of
 
 
 @dataclass(eq=False)

@@ -19,14 +19,15 @@ from ..pages.arena import Arena
 from ..pages.budget import Budget
 from ..pages.compaction import compact
 from ..pages.plan import Pages
+from ..pages.pool import KINDS, kind_of
 from ..pages.radix import Node, RadixTree
 from .found import Found, Lease, Listed
-from .slot import KINDS, Slot, kind_of
+from .slot import Slot
 
 logger = logging.getLogger(__name__)
 
 Horizon = Callable[[int], int]
-"""Oldest token that the query at a token may see (see `group.Retention`)."""
+"""Oldest token that the query at a token may see (see `pages/policy.py`)."""
 
 
 class PrefixStore:

@@ -6,26 +6,24 @@ refused before memory is taken.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..errors import CacheFullError, ConfigError, CorruptFileError
+from ..errors import CacheFullError, CorruptFileError
 from ..pages.admission import make_room
 from ..pages.group import LayerGroup
 from ..pages.plan import Pages
+from ..pages.pool import KINDS
 from ..pages.radix import Node
 from ..pages.snapshot import Stored, read, write
 from ..pages.storage import LayerStorage
-from ..policies.priority import check_duration, check_priority
-from .slot import KINDS, Slot
+from .saved_texts import NAME, Text, check_kinds, check_tensors, shape_of, texts_in
+from .slot import Slot
 from .store import PrefixStore
-
-_NAME = "hf_ctxopt prefix store, 1"
 
 
 def save(store: PrefixStore, path: str | Path) -> int:
@@ -41,9 +39,9 @@ def save(store: PrefixStore, path: str | Path) -> int:
         places = {id(node): at for at, node in enumerate(nodes)}
         slots = [slot for node in nodes for slot in node.items]
         body: dict[str, Any] = {
-            "name": _NAME, "layout": store.description, "page_size": store.page_size,
+            "name": NAME, "layout": store.description, "page_size": store.page_size,
             "nodes": [
-                {"parent": places.get(id(node.parent), -1), "namespace": store.tree.namespace_of(node),
+                {"parent": places.get(id(node.parent), -1), "namespace": node.namespace,
                  "pages": len(node.items), "priorities": node.priorities, "durations": node.durations}
                 for node in nodes
             ],
@@ -54,7 +52,7 @@ def save(store: PrefixStore, path: str | Path) -> int:
         tensors: dict[str, Tensor] = {"tokens": torch.tensor(tokens, dtype=torch.int64)}
         for index, arena in enumerate(store.arenas):
             for layer, storage in arena.storages.items():
-                body["shapes"][f"{index}.{layer}"] = _shape(storage)
+                body["shapes"][f"{index}.{layer}"] = shape_of(storage)
                 for kind in KINDS:
                     chosen = [slot for slot in slots if slot.kind(index) == kind]
                     for number, part in enumerate(storage.kept(kind) if chosen else ()):
@@ -63,28 +61,6 @@ def save(store: PrefixStore, path: str | Path) -> int:
                         )
         write(path, tensors, body)
         return len(slots)
-
-
-@dataclass(frozen=True)
-class _Text:
-    """One node of a file: its own tokens behind those of `parent`, and which of the file's pages are its own."""
-
-    parent: _Text | None
-    namespace: tuple[tuple[str, str], ...]
-    own: list[int]
-    first: int
-    count: int
-    priorities: list[int]
-    durations: list[float | None]
-
-    @property
-    def tokens(self) -> list[int]:
-        """All tokens up to its end; made anew, because together those of a long chain would be its square."""
-        parts, node = [self.own], self.parent
-        while node is not None:
-            parts.append(node.own)
-            node = node.parent
-        return [token for part in reversed(parts) for token in part]
 
 
 def load(
@@ -108,14 +84,14 @@ def load(
     with store.lock:
         store.collect()
         try:
-            texts = list(_texts(found, store, fingerprint))
-            _check_kinds(found, store)
-            _check_tensors(found, store)
+            texts = list(texts_in(found, store, fingerprint))
+            check_kinds(found, store)
+            check_tensors(found, store)
         except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
             raise CorruptFileError(str(path), str(error) or type(error).__name__) from error
         locked: list[Node[Slot]] = []
         try:  # what the store has already must not go to make room for the rest
-            new: list[tuple[_Text, int]] = []
+            new: list[tuple[Text, int]] = []
             for text in texts:
                 tokens = text.tokens
                 match = store.tree.match(text.namespace, tokens)
@@ -132,7 +108,7 @@ def load(
 
 
 def _take(
-    store: PrefixStore, found: Stored, new: list[tuple[_Text, int]], groups: Sequence[LayerGroup],
+    store: PrefixStore, found: Stored, new: list[tuple[Text, int]], groups: Sequence[LayerGroup],
     like: Callable[[int], Tensor],
 ) -> int:  # fmt: skip
     """Make room for the pages that the store lacks, and take them; `new` says how many of each text's it has."""
@@ -151,87 +127,8 @@ def _take(
     except CacheFullError as error:
         reason = f"its pages are more than the store's budget allows: {error}"
         raise CorruptFileError(str(found.path), reason) from error
-    _insert(store, found, new, dict(zip(wanted, _filled(store, found, wanted), strict=True)))
+    _insert(store, new, dict(zip(wanted, _filled(store, found, wanted), strict=True)))
     return len(wanted)
-
-
-def _texts(found: Stored, store: PrefixStore, fingerprint: str) -> Iterator[_Text]:
-    """The file's nodes of this model, parents first."""
-    body = found.body
-    if body["name"] != _NAME:
-        raise ValueError("not a file of a prefix store")
-    if (body["layout"], body["page_size"]) != (store.description, store.page_size):
-        raise ValueError("made with another page layout (page_size, kv_bits, dtype or model shape)")
-    nodes, size = body["nodes"], store.page_size
-    total = sum(node["pages"] for node in nodes)
-    dtype, shape = found.shapes["tokens"]
-    if dtype != torch.int64 or shape != (total * size,) or any(len(kinds) != total for kinds in body["kinds"]):
-        raise ValueError("tokens, pages and nodes do not fit together")
-    if len(body["kinds"]) != len(store.arenas):
-        raise ValueError("made with other layer groups")
-    with found.tensors() as file:
-        tokens: list[int] = file.get_tensor("tokens").tolist()
-    read: list[_Text] = []
-    first, ours = 0, 0
-    for at, node in enumerate(nodes):
-        parent, count = node["parent"], node["pages"]
-        if not -1 <= parent < at or count < 1:
-            raise ValueError(f"node {at} does not hang on an earlier one")
-        _check_worth(at, count, node["priorities"], node["durations"])
-        namespace = tuple((str(key), str(value)) for key, value in node["namespace"])
-        before = read[parent] if parent >= 0 else None
-        if before is not None and before.namespace != namespace:
-            raise ValueError(f"node {at} is of another namespace than the one it hangs on")
-        own = tokens[first * size : (first + count) * size]
-        read.append(_Text(before, namespace, own, first, count, node["priorities"], node["durations"]))
-        if dict(namespace).get("model") == fingerprint:
-            ours += 1
-            yield read[at]
-        first += count
-    if nodes and not ours:
-        raise ValueError("saved with another model (its fingerprint differs)")
-
-
-def _check_worth(at: int, count: int, priorities: list[Any], durations: list[Any]) -> None:
-    """One priority and one duration for each page of a node."""
-    if len(priorities) != count or len(durations) != count:
-        raise ValueError(f"node {at} has {len(priorities)} priorities and {len(durations)} durations")
-    try:
-        for priority, duration in zip(priorities, durations, strict=True):
-            check_priority("priority", priority)
-            check_duration("duration", duration)
-    except ConfigError as error:
-        raise ValueError(f"node {at}: {error}") from error
-
-
-def _check_kinds(found: Stored, store: PrefixStore) -> None:
-    """Every page is of a kind that its arena has; full-attention layers have them all."""
-    both = zip(store.arenas, store.horizons, found.body["kinds"], strict=True)
-    for arena, horizon, kinds in both:
-        allowed = {KINDS[0]} | ({KINDS[1]} if arena.codecs is not None else set()) | ({"-"} if horizon else set())
-        if not set(kinds) <= allowed:
-            raise ValueError(f"pages of the kinds {sorted(set(kinds) - allowed)}")
-
-
-def _check_tensors(found: Stored, store: PrefixStore) -> None:
-    """Exactly the tensors that the nodes need, in the shapes of the model's layers."""
-    expected = {"tokens"}
-    for index, arena in enumerate(store.arenas):
-        for layer in arena.layers:
-            heads, key_dim, value_dim = found.body["shapes"][f"{index}.{layer}"]
-            kept = LayerStorage.kept_shapes((heads, key_dim, value_dim), arena.page_size, arena.codecs)
-            held = arena.storages.get(layer)
-            if held is not None and _shape(held) != [heads, key_dim, value_dim]:
-                raise ValueError(f"layer {layer} has other heads")
-            for kind in KINDS:
-                count = found.body["kinds"][index].count(kind)
-                for number, shape in enumerate(kept.get(kind, ()) if count else ()):
-                    name = f"{index}.{layer}.{kind}.{number}"
-                    expected.add(name)
-                    if found.shapes[name][1] != (shape[0], count, *shape[1:]):
-                        raise ValueError(f"tensor {name!r} has another shape than its pages")
-    if set(found.shapes) != expected:
-        raise ValueError("tensors are missing or too many")
 
 
 def _affordable(group: LayerGroup, shapes: dict[str, list[int]], index: int, pages: Pages) -> bool:
@@ -242,7 +139,7 @@ def _affordable(group: LayerGroup, shapes: dict[str, list[int]], index: int, pag
     if limit.nbytes is None or group.arena.storages:
         return True
     least = sum(heads * (k + v) for key, (heads, k, v) in shapes.items() if key.startswith(f"{index}."))
-    bits = 16 if group.codecs is None else min(group.codecs.keys.bits, group.codecs.values.bits)
+    bits = 16 if group.codecs is None else min(group.codecs.bits)
     return sum(pages) * group.page_size * least * bits // 8 <= limit.nbytes
 
 
@@ -289,7 +186,7 @@ def _fill(store: PrefixStore, found: Stored, wanted: list[int], slots: list[Slot
                         part[:, [page - pool.first for page in pages]] = stored.to(part.device, part.dtype)
 
 
-def _insert(store: PrefixStore, found: Stored, new: list[tuple[_Text, int]], slots: dict[int, Slot]) -> None:
+def _insert(store: PrefixStore, new: list[tuple[Text, int]], slots: dict[int, Slot]) -> None:
     try:
         for text, have in new:
             if have == text.count:
@@ -311,7 +208,3 @@ def _give_back(store: PrefixStore, slots: Iterable[Slot]) -> None:
         for arena, page in zip(store.arenas, slot.pages, strict=True):
             if page is not None:
                 arena.release([page])
-
-
-def _shape(storage: LayerStorage) -> list[int]:
-    return [storage.keys.shape[0], storage.keys.shape[-1], storage.values.shape[-1]]

@@ -15,14 +15,13 @@ from ..kernels.native import attend as native
 from ..kernels.rotate import RotaryFacts, rotation, turn
 from ..kernels.sealed import SealedSegment
 from ..pages.carry_out import write
-from ..pages.group import Retention
 from ..pages.plan import RowStep, StepPlan
+from ..pages.policy import Policy
 from ..pages.rows import Stretch
 from ..pages.storage import LayerStorage
 from . import chunk
 from .context import NotReplayable
 from .decode import DecodeState
-from .dense import DenseLayout
 from .positions import PositionLedger
 
 SINK_GAP = -1
@@ -73,7 +72,7 @@ class StepView:
     storage: LayerStorage
     keys: Tensor
     values: Tensor
-    policy: Retention
+    policy: Policy
     ledger: PositionLedger
     facts: RotaryFacts | None
     model_window: bool = False
@@ -112,8 +111,6 @@ class StepView:
     def gap(self, row: RowStep, token: int) -> int:
         """Tokens missing between the sinks and the first other token that the query at `token` sees."""
         return max(0, max(row.lower, self.policy.horizon(token)) - self.policy.sinks)
-
-    # ---- fused route
 
     def attend(
         self, query: Tensor, mask: Mask | None, scaling: float, softcap: float | None, sink_logits: Tensor | None
@@ -174,12 +171,12 @@ class StepView:
         storage, memo = self.storage, self.plan.memo
         if storage.codecs is None or self.facts is not None or not self.written or not self.plain(mask):
             return None
-        if "pieces" not in memo:
-            memo["pieces"] = [storage.piece(held) for held in self.plan.rows[0].after]
+        if "places" not in memo:
+            memo["places"] = [storage.place(held) for held in self.plan.rows[0].after]
         asked, pages = storage.turned_query(query), storage.all_pages
-        if not native.serves_pages(asked, pages, memo["pieces"]):
+        if not native.serves_pages(asked, pages, memo["places"]):
             return None
-        out = native.attend_pages(asked, pages, memo["pieces"], scaling, softcap, sink_logits)
+        out = native.attend_pages(asked, pages, memo["places"], scaling, softcap, sink_logits)
         return storage.plain_values(out)
 
     def _segments(self, index: int, row: RowStep, query: Tensor) -> tuple[list[Segment | SealedSegment], list[range]]:
@@ -197,7 +194,7 @@ class StepView:
                     segments.append(self.storage.segment(part, turned[base, leap]))
                 else:
                     keys, values = (state[:, at : at + length] for state in states)
-                    segments.append(Segment(keys, values, token, turned[base, leap]))
+                    segments.append(Segment(keys, values, turned[base, leap]))
                 tokens.append(range(token, token + length))
         return segments, tokens
 
@@ -341,54 +338,3 @@ class StepView:
         shifted = key + torch.where(key < sinks, gap, leap) + row.pad
         asked = mask.at(index, query + row.pad, shifted, key + row.pad)
         return asked if seen is None else seen if asked is None else seen & asked
-
-    # ---- dense route
-
-    def dense(self) -> tuple[Tensor, Tensor]:
-        """K and V as stock attention wants them, `(batch, kv_heads, length, head_dim)`, rows right-aligned."""
-        self.store()
-        if self.plan.dense_before == 0:
-            return self.keys, self.values
-        key = ("dense", self.facts is None)  # a model may rotate some layers only (SmolLM3)
-        if key not in self.plan.memo:
-            self.plan.memo[key] = DenseLayout.of(self)
-        layout: DenseLayout = self.plan.memo[key]
-        if self.old is not None:
-            keys, values = self.storage.plain(self._old_dense(self.keys, 1), self._old_dense(self.values, 2))
-            keys = torch.cat([layout.turn(keys, self.facts), self.keys], dim=2)
-            return keys, torch.cat([values, self.values], dim=2)
-        if self.storage.codecs is not None:
-            keys, values = self._decoded(layout.rows)
-        elif layout.single is not None:
-            keys, values = (part[None] for part in self.storage.read(layout.single))
-        else:
-            keys, values = self.storage.gather(layout.slots_on(self.keys.device))
-        return layout.turn(keys, self.facts), values
-
-    def _decoded(self, rows: list[list[Stretch]]) -> tuple[Tensor, Tensor]:
-        """All rows' tokens in the model's basis, right-aligned, `(batch, kv_heads, length, head_dim)`."""
-        joined = [like.new_zeros(*like.shape[:2], self.length, like.shape[-1]) for like in (self.keys, self.values)]
-        for index, stretches in enumerate(rows):
-            column = self.length - sum(stretch.length for stretch in stretches)
-            row = self.plan.rows[index]
-            for stretch, states in (piece for held in stretches for piece in self.not_encoded(index, row, held)):
-                stop = column + stretch.length
-                for target, part in zip(joined, states or self.storage.read(stretch), strict=True):
-                    target[index, :, column:stop] = part
-                column = stop
-        keys, values = self.storage.plain(*joined)
-        # The step's own tokens are there unquantized.
-        new = slice(self.plan.dense_before, None)
-        keys[:, :, new], values[:, :, new] = self.keys, self.values
-        return keys, values
-
-    def _old_dense(self, like: Tensor, which: int) -> Tensor:
-        """The copies of a step that is not in place, right-aligned, `(batch, kv_heads, dense_before, head_dim)`."""
-        joined = like.new_zeros(*like.shape[:2], self.plan.dense_before, like.shape[-1])
-        for index, pieces in enumerate(self.old or []):
-            column = self.plan.dense_before - sum(piece[0].length for piece in pieces)
-            for piece in pieces:
-                part: Tensor = piece[which]  # type: ignore[assignment]
-                joined[index, :, column : column + part.shape[1]] = part
-                column += part.shape[1]
-        return joined

@@ -1,4 +1,4 @@
-"""The `ctxopt` command: `run`, `chat`, `bench` and `env`, one file per command.
+"""The `ctxopt` command: `run`, `chat`, `agents`, `bench`, `env` and `plan`, one file per command.
 
 Nothing heavy is imported here; each command imports torch and transformers when it runs.
 """

@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from hf_ctxopt.cli import console, options
-from hf_ctxopt.cli.bench import check_output, read
+from hf_ctxopt.cli.files import check_output, read
 
 if TYPE_CHECKING:
     from hf_ctxopt import Session

@@ -11,8 +11,8 @@ from rich import box
 from rich.table import Table
 
 from hf_ctxopt.cli import console, options
+from hf_ctxopt.cli.files import check_output, read
 from hf_ctxopt.cli.options import CacheChoice
-from hf_ctxopt.errors import ConfigError
 
 Caches = Annotated[
     list[str],
@@ -86,39 +86,6 @@ def manual() -> str:
     from pydoc_data.topics import topics
 
     return "\n\n".join(topics[key] for key in sorted(topics))
-
-
-def read(file: Path) -> str:
-    """Returns the text of a file.
-
-    Raises:
-        ConfigError: if it cannot be read or is empty.
-    """
-    try:
-        text = file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError("file", str(file), f"a readable UTF-8 text file ({error})") from error
-    if not text.strip():
-        raise ConfigError("file", str(file), "a file with some text in it")
-    return text
-
-
-def check_output(field: str, path: Path | None, suffix: str | None = None) -> None:
-    """Refuses a path that cannot be written, before anything is measured.
-
-    Raises:
-        ConfigError: if it is a directory, its folder cannot be made, or it ends otherwise than in `suffix`.
-    """
-    if path is None:
-        return
-    if suffix is not None and path.suffix.lower() != suffix:
-        raise ConfigError(field, str(path), f"a file name that ends in {suffix}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("ab"):
-            pass
-    except OSError as error:
-        raise ConfigError(field, str(path), f"a file that can be written ({error})") from error
 
 
 def publish(result: dict[str, Any], json_path: Path | None, plot_path: Path | None) -> None:

@@ -41,14 +41,9 @@ def chat(
 ) -> None:
     """Talk with a model. /reset forgets the conversation, /exit or end of input leaves, Ctrl-C ends a reply."""
     options.prefer_growing_segments()
-    given: dict[str, Any] = {
-        "window": window,
-        "sinks": sinks,
-        "budget": budget,
-        "page_size": page_size,
-        "kv_bits": kv_bits,
-    }
-    choice = options.cache_choice(cache, fused=fused, **given)
+    choice = options.cache_choice(
+        cache, fused=fused, window=window, sinks=sinks, budget=budget, page_size=page_size, kv_bits=kv_bits
+    )
     settings = {"max_new_tokens": max_new_tokens, **options.sampling(temperature, top_p, top_k)}
     from transformers import set_seed
 

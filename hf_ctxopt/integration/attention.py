@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from ..caches.dense import dense_states
 from ..caches.handle import KVHandle
 from ..kernels.precision import without_autocast
 from ..kernels.sdpa import without_cudnn
@@ -46,7 +47,7 @@ def ctxopt_attention(
         return stock_attention(module, query, key, value, attention_mask, scaling, dropout, kwargs)
     reason = _detour(attention_mask, dropout, kwargs)
     if reason is not None:
-        dense = key.dense(reason), value.view.dense()[1]
+        dense = key.dense(reason), dense_states(value.view)[1]
         return stock_attention(module, query, *dense, attention_mask, scaling, dropout, kwargs)
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     mask = attention_mask if isinstance(attention_mask, LazyMask) else None

@@ -11,16 +11,17 @@ from transformers.modeling_utils import PreTrainedModel
 
 from ..caches import CACHES
 from ..caches.base import PageCache
+from ..caches.context import ATTENTION
 from ..caches.options import PageOptions, PrefixOptions, PriorityOptions, SinkOptions
 from ..caches.prefix import PrefixCache
 from ..errors import ConfigError, UnsupportedModelError
-from ..readers import check_reads
+from ..models.lengths import length_limit
+from ..models.readers import check_reads
 from .compat import check_caches
 from .fingerprint import place_of
 from .positions import PositionGuard, padding_of
 from .rope import PositionFacts, decoder_of, position_facts, takes_positions
 
-_LENGTH_SCALED = ("dynamic", "longrope")
 _ERA = 32768  # positions of an era: float32 angles stay exact to 2e-3 rad, and few steps see two eras
 
 
@@ -130,7 +131,7 @@ def _check_length(name: str, facts: PositionFacts, options: Evicting, expected: 
 
 
 def _check_padding(text: Any, options: Evicting, pads: Sequence[int] | None, expected: int | None) -> None:
-    fused = getattr(text, "_attn_implementation", None) == "ctxopt"
+    fused = getattr(text, "_attn_implementation", None) == ATTENTION
     if fused or pads is None or len(set(pads)) == 1:
         return
     if isinstance(options, PriorityOptions):
@@ -179,19 +180,3 @@ def _span(text: Any, options: Evicting) -> int | None:
     if limit is None:
         return span
     return min(span, limit) if size < limit else None
-
-
-def length_limit(text: Any) -> int | None:
-    """Longest text whose keys are rotated as those of any shorter one; `None` where length changes nothing."""
-    return min((limit for kind, limit in _rope_limits(text) if kind in _LENGTH_SCALED), default=None)
-
-
-def _rope_limits(text: Any) -> list[tuple[str, int]]:
-    given = getattr(text, "rope_parameters", None) or {}
-    sets = [given] if "rope_type" in given else [part for part in given.values() if isinstance(part, dict)]
-    trained = int(getattr(text, "max_position_embeddings", 0) or 0)
-    found = []
-    for part in sets:
-        limit = int(part.get("original_max_position_embeddings") or trained)
-        found.append((str(part.get("rope_type", "default")), limit))
-    return [(kind, limit) for kind, limit in found if limit > 0]

@@ -18,14 +18,13 @@ and the tokens that are generated stay the same. The rule, in order:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
 from ..caches.options import PageOptions, PriorityOptions, SinkOptions
-from ..layerwise import largest
+from ..models.layerwise import largest
 from ..pages.budget import Budget
 
 SMALL = 1024
@@ -76,8 +75,7 @@ def affordable(model: nn.Module, options: PageOptions, prompt: int, size: int, l
     inner = largest(text, "intermediate_size") or 4 * width
     heads = largest(text, "num_attention_heads") or 1
     kv = (largest(text, "num_key_value_heads") or heads) * (largest(text, "head_dim") or width // heads)
-    kv_bits = [options.kv_bits[part] if isinstance(options.kv_bits, Mapping) else options.kv_bits for part in "kv"]
-    pages = int(getattr(text, "num_hidden_layers", 0) or 0) * kv * prompt * sum(kv_bits) // 8
+    pages = int(getattr(text, "num_hidden_layers", 0) or 0) * kv * prompt * sum(options.bits.values()) // 8
     token = 2 * (6 * width + 3 * inner)  # residual, norm, Q, K, V and their turned copies; gate, up and product
     while size > LEAST and size * token > SHARE * max(0, left - pages):
         size //= 2

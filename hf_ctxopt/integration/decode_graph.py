@@ -26,7 +26,7 @@ from ..caches.base import PageCache
 from ..caches.context import NotReplayable, debugging
 from ..caches.decode import DecodeState
 from ..caches.planned import finish_step, plan_step, running
-from ..errors import CtxoptError, IntegrityError, out_of_memory
+from ..errors import CtxoptError, IntegrityError, first_line, out_of_memory
 from .capture import Capture, capture
 from .compat import cache_in
 from .compiled import CompiledLayers
@@ -170,7 +170,7 @@ class DecodeGraph:
                 context.barred = "no memory for a graph"
                 raise NotReplayable(context.barred) from error
             # the model does something during its forward pass that no graph can hold
-            self._barred = f"{type(model).__name__} cannot be captured ({_first_line(error)})"
+            self._barred = f"{type(model).__name__} cannot be captured ({first_line(error)[:200]})"
             raise NotReplayable(self._barred) from error
         context.captured = held
         context.graph["captures"] += 1
@@ -208,7 +208,3 @@ def _key(model: Any, cache: PageCache, states: list[DecodeState], step: Step) ->
     for group, state in zip(cache.context.groups, states, strict=True):
         places += [state, group, group.arena.storage_version]
     return (step.ids.shape[0], step.extra, *places)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

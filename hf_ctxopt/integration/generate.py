@@ -15,7 +15,7 @@ from ..caches.base import PageCache, attention_cache
 from ..caches.options import PageOptions
 from ..caches.prefix import PrefixCache
 from ..errors import ConfigError, UnsupportedModelError
-from ..readers import check_reads
+from ..models.readers import check_reads
 from .build import Evicting, build_cache, check_holes, parse_options
 from .chunking import chunk_size
 from .compat import generate_argument

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ..errors import ConfigError, CtxoptError
+from ..errors import ConfigError, CtxoptError, first_line
 from ..planner.plan import Plan
 from ..planner.schemes import LOADED
 from ..planner.search import plan as make_plan
@@ -26,14 +26,8 @@ from .packing import check_scheme, loading_config, pack_loaded
 from .patch import patch_model
 from .register import register
 
-LOAD_ERRORS = (
-    OSError,
-    ValueError,
-    KeyError,
-    ImportError,
-    RuntimeError,
-    TypeError,
-)  # what transformers raises for bad models
+LOAD_ERRORS = (OSError, ValueError, KeyError, ImportError, RuntimeError, TypeError)
+"""What transformers raises for models that are missing, foreign or broken."""
 _READING = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token", "trust_remote_code")
 _PARTS = {"embedding": Role.EMBEDDING, "head": Role.HEAD}
 
@@ -83,8 +77,7 @@ def load(
     except LOAD_ERRORS as error:
         if isinstance(error, CtxoptError):
             raise
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise CtxoptError(f"cannot load {found.model!r} as planned: {reason}") from error
+        raise CtxoptError(f"cannot load {found.model!r} as planned: {first_line(error)}") from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return patch_model(model.eval(), plan=found), tokenizer
@@ -122,6 +115,7 @@ def _hub(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def source_of(name: str) -> tuple[str, dict[str, Any]]:
+    """What `from_pretrained` loads `name` from, a path or a Hub id, and what it must be told of a `.gguf` file."""
     path = Path(name).expanduser()
     if path.suffix == ".gguf" and path.is_file():
         return str(path.parent), {"gguf_file": path.name}

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..errors import ConfigError
+from ..pages.radix_node import same_tokens
 from ..policies.priority import check_priority
 
 Message = Mapping[str, Any]
@@ -43,7 +44,7 @@ def priorities_from_messages(
     found: list[list[int]] = []
     for message, (start, end) in zip(messages, message_spans(tokenizer, messages, **template), strict=True):
         role = str(message.get("role"))
-        worth = by_role[role] if role in by_role else default
+        worth = by_role.get(role, default)
         if worth is not None and start < end:
             if found and found[-1][1:] == [start, worth]:
                 found[-1][1] = end
@@ -84,7 +85,7 @@ def _end(
         part = render(tokenizer, messages[:count], **template)
     except Exception as error:  # templates are programs of others: some refuse conversations that end so
         return _until_next(tokenizer, messages, count, whole, template, str(error))
-    same = _common(part, whole)
+    same = same_tokens(part, whole)
     # A template may close what is open at the end (a newline, an end mark): that alone may differ.
     if len(part) - same <= _CLOSING and not (count == 1 and _elsewhere(tokenizer, messages, same, whole, template)):
         return same
@@ -103,7 +104,7 @@ def _elsewhere(
 ) -> bool:
     """Whether the first message stands behind its own end: some templates put a system text into the next message."""
     other = _changed(tokenizer, messages, 0, template)
-    return other is not None and _common(other, whole) >= end
+    return other is not None and same_tokens(other, whole) >= end
 
 
 def _until_next(
@@ -113,7 +114,7 @@ def _until_next(
     other = _changed(tokenizer, messages, count, template)
     if other is None:
         raise _refused(count, why)
-    return _common(other, whole)
+    return same_tokens(other, whole)
 
 
 def _changed(tokenizer: Any, messages: Sequence[Message], at: int, template: Mapping[str, Any]) -> list[int] | None:
@@ -128,7 +129,3 @@ def _changed(tokenizer: Any, messages: Sequence[Message], at: int, template: Map
 def _refused(count: int, why: str) -> ConfigError:
     allowed = f"a conversation whose beginning the chat template renders as it does within the whole ({why})"
     return ConfigError("messages", f"the first {count}", allowed)
-
-
-def _common(one: Sequence[int], other: Sequence[int]) -> int:
-    return next((at for at, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))

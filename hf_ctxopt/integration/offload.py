@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ..errors import ConfigError, UnsupportedModelError
+from ..planner.valid import HOST_PARTS
 from .chunking import compute_device
 
 HOST = torch.device("cpu")
-PARTS = ("embedding", "head")
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +58,7 @@ class HostPart:
     """One part that was moved.
 
     Args:
-        name: one of `PARTS`.
+        name: one of `HOST_PARTS`.
         device: where it came from.
         position: its place among its parent's modules, for the embedding, which is listed last while it is away.
     """
@@ -69,18 +69,18 @@ class HostPart:
 
 
 def parse_parts(value: Any) -> tuple[str, ...]:
-    """The parts that `on_host` names, in the order of `PARTS`.
+    """The parts that `on_host` names, in the order of `HOST_PARTS`.
 
     Raises:
-        ConfigError: it is not a sequence of names from `PARTS`.
+        ConfigError: it is not a sequence of names from `HOST_PARTS`.
     """
-    allowed = f"a list of {' and '.join(repr(part) for part in PARTS)}"
+    allowed = f"a list of {' and '.join(repr(part) for part in HOST_PARTS)}"
     if isinstance(value, str) or not isinstance(value, Iterable):
         raise ConfigError("on_host", value, allowed)
     given = list(value)
-    if any(part not in PARTS for part in given):
+    if any(part not in HOST_PARTS for part in given):
         raise ConfigError("on_host", value, allowed)
-    return tuple(part for part in PARTS if part in given)
+    return tuple(part for part in HOST_PARTS if part in given)
 
 
 def check_parts(model: Any, names: tuple[str, ...]) -> None:
@@ -108,13 +108,13 @@ def to_host(model: Any, names: tuple[str, ...], moved: list[HostPart]) -> None:
 
     Args:
         model: a transformers model that `check_parts` passed.
-        names: of `PARTS`.
+        names: of `HOST_PARTS`.
         moved: is told of every part as it is moved, for `from_host`; of none in a model that is on the host already.
     """
     device = compute_device(model)
     if not names or device == HOST:
         return
-    if _tied(model) and len(names) < len(PARTS):
+    if _tied(model) and len(names) < len(HOST_PARTS):
         logger.warning(
             "%s: embedding and head are one matrix; it stays on %s unless on_host names both",
             type(model).__name__,

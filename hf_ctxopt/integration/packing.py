@@ -11,7 +11,7 @@ from ..weights.config import METHOD, GgufQuantConfig
 from ..weights.in_memory import quantize_
 from ..weights.mixes import MIXES
 from ..weights.others import OTHERS, check_other, other
-from ..weights.stored import DENSE, method_of
+from ..weights.stored import DENSE, is_packed, method_of
 from .chunking import compute_device
 
 
@@ -91,9 +91,7 @@ def check_in_memory(model: Any, weights: str) -> bool:
         raise ConfigError("weights", weights, f"one of {', '.join(SCHEMES)}")
     method, mix = method_of(getattr(model.config, "quantization_config", None))
     # transformers 5.24 leaves its mark of a .gguf file on models that it has unpacked, too.
-    integers = any(part.dim() > 1 and not part.is_floating_point() for part in model.parameters())
-    packed = integers or method not in (None, "gguf")
-    if packed:
+    if is_packed(model) or method not in (None, "gguf"):
         if (METHOD, weights) == (method, mix):
             return False
         raise ConfigError("weights", weights, f"None: this model is packed already ({mix or method or 'hqq'})")

@@ -14,8 +14,8 @@ from transformers.modeling_utils import PreTrainedModel
 from ..caches import CACHES
 from ..caches.context import ATTENTION
 from ..errors import ConfigError, UnsupportedModelError
+from ..models.readers import check_reads
 from ..planner.plan import Plan
-from ..readers import check_reads
 from .build import parse_options, unwrap
 from .decode_graph import DecodeGraph
 from .offload import check_parts, from_host, parse_parts, to_host

@@ -15,7 +15,7 @@ from ..errors import ConfigError, DoesNotFitError, UnsupportedModelError
 from ..planner.facts import facts_of
 from ..planner.footprint import KvLayout
 from ..planner.plan import Plan
-from ..planner.schemes import LOADED
+from ..planner.schemes import LOADED, PLAIN
 from ..planner.words import size
 from .build import parse_options
 from .chunking import compute_device
@@ -129,9 +129,8 @@ def check_model(model: Any, plan: Plan) -> None:
             "plan", plan.model, f"a plan of this {kind} with the weights that it has: they take {size(held)}, those "
             f"of the plan ({plan.weights}) {size(counted)}; hf_ctxopt.load(plan) loads them as planned",
         )  # fmt: skip
-    packed = any(part.dim() > 1 and not part.is_floating_point() for part in model.parameters())
-    if plan.weights != LOADED and packed != (plan.weights != "bf16"):
+    if plan.weights != LOADED and facts.packed != (plan.weights != PLAIN):
         logger.warning(
             "the plan is for %s weights, and those of this %s are %s: it may not fit as planned",
-            plan.weights, kind, "packed" if packed else "not packed",
+            plan.weights, kind, "packed" if facts.packed else "not packed",
         )  # fmt: skip

@@ -13,9 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import EncoderDecoderCache
 
-from ..caches.base import PageCache
+from ..caches.base import PageCache, attention_cache
 from ..errors import ConfigError
 from .compat import cache_in
 
@@ -100,11 +99,9 @@ def rebase_positions(
         given.pop("self", None)
     else:
         given = kwargs
-    cache = cache_in(kwargs) if cache_in(kwargs) is not None else cache_in(given)
-    if isinstance(cache, EncoderDecoderCache):
-        cache = cache.self_attention_cache
+    cache = attention_cache(cache_in(kwargs) if cache_in(kwargs) is not None else cache_in(given))
     inputs = given.get("input_ids") if given.get("input_ids") is not None else given.get("inputs_embeds")
-    if not isinstance(cache, PageCache) or inputs is None or cache.context.planned:
+    if cache is None or inputs is None or cache.context.planned:
         return None  # a planned step comes with the positions it wants
     seen, queries = cache.get_seq_length(), inputs.shape[1]
     if not seen:

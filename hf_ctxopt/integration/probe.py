@@ -20,10 +20,11 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface, PreTrainedModel
 
-from ..caches.options import PageOptions
+from ..caches.options import PageOptions, check_int
 from ..errors import ConfigError, UnsupportedModelError
 from ..planner.facts import facts_of
-from ..planner.needs import BITS, SEEK, TIMES, GroupNeeds, Needs
+from ..planner.needs import BITS, LEAST_WINDOW, SEEK, SINKS, TIMES, GroupNeeds, Needs
+from ..policies.sink_window import SinkWindow
 from .attention import stock_attention
 from .attention_mass import Scored, outside
 from .build import unwrap
@@ -32,7 +33,6 @@ from .compat import cache_argument
 from .mask import LazyMask, lazy_mask
 from .patch import configs_of
 
-SINKS, LEAST_WINDOW = 4, 256
 LAST, ANSWER = 16, 16
 SAMPLES = 256
 CHUNK = 512  # tokens read at once
@@ -130,7 +130,9 @@ class _Watch:
     def _quantize(self, layer: _Layer, call: Scored) -> None:
         for part, states in (("k", call.key), ("v", call.value)):
             for bits in BITS:
-                codecs = PageOptions(page_size=self.page_size, kv_bits={"k": 16, "v": 16, part: bits}).codecs(None)
+                codecs = PageOptions(page_size=self.page_size, kv_bits={"k": 16, "v": 16, part: bits}).codecs(
+                    SinkWindow()
+                )
                 fits = codecs is not None and states.shape[-1] % (8 // bits) == 0
                 # Heads that do not fill whole bytes cannot be packed at all.
                 layer.errors[part, bits] = call.error(codecs, self.page_size) if codecs and fits else float("inf")
@@ -187,8 +189,7 @@ def probe(model: nn.Module, prompt: Any, *, tokenizer: Any = None, answer: int =
         )
     embedding = inner.get_input_embeddings()
     ids = token_ids(prompt, tokenizer, int(getattr(embedding, "num_embeddings", 0) or facts.vocab))
-    if isinstance(answer, bool) or not isinstance(answer, int) or answer < 0:
-        raise ConfigError("answer", answer, "an integer >= 0")
+    check_int("answer", answer, 0)
     PageOptions(page_size=page_size)  # says what is allowed
     tokens, least = ids.shape[1], 2 * LAST
     if tokens < least or (facts.trained is not None and tokens > facts.trained):

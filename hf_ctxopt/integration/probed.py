@@ -9,7 +9,7 @@ from typing import Any, ParamSpec
 
 from torch import nn
 
-from ..errors import ConfigError, CtxoptError
+from ..errors import ConfigError, CtxoptError, first_line
 from ..planner import search
 from ..planner.needs import Needs
 from ..planner.plan import Plan
@@ -72,5 +72,4 @@ def _loaded(kind: str, name: str, **options: Any) -> Any:
     except LOAD_ERRORS as error:
         if isinstance(error, CtxoptError):
             raise
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise CtxoptError(f"cannot load {name!r} to measure the prompt: {reason}") from error
+        raise CtxoptError(f"cannot load {name!r} to measure the prompt: {first_line(error)}") from error

@@ -12,6 +12,8 @@ from transformers import StoppingCriteria, TextIteratorStreamer
 
 from ..caches.options import PrefixOptions
 from ..errors import ConfigError, CtxoptError
+from ..planner.plan import STORE
+from .compat import cache_in
 from .messages import Message, priorities_from_messages, render
 
 
@@ -41,7 +43,7 @@ class Session:
         model: Any,
         tokenizer: Any,
         *,
-        store: str = "sessions",
+        store: str = STORE,
         salt: str = "",
         priorities: Mapping[str, int] | None = None,
         max_context: int | None = None,
@@ -173,7 +175,7 @@ class Session:
             prompt, attention_mask=torch.ones_like(prompt), cache_implementation="ctx_prefix", cache_config=config,
             max_new_tokens=self.max_new_tokens, return_dict_in_generate=True, streamer=streamer, **generation,
         )  # fmt: skip
-        cache = next(out[key] for key in ("cache", "past_key_values") if out.get(key) is not None)
+        cache = cache_in(out)
         self.last = cache.stats()["prefix"]
         cache.release()
         text: str = self.tokenizer.decode(out.sequences[0, len(ids) :], skip_special_tokens=True)

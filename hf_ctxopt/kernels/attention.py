@@ -28,14 +28,12 @@ class Segment:
     Args:
         keys: `(kv_heads, tokens, key_dim)`.
         values: `(kv_heads, tokens, value_dim)`.
-        token: index of the first token in its sequence.
         query: the queries this segment's keys are compared with, `(heads, queries, key_dim)`, where they must be
             rotated for it; `None` for the step's own queries.
     """
 
     keys: Tensor
     values: Tensor
-    token: int
     query: Tensor | None = None
 
     @property
@@ -133,7 +131,7 @@ def _unpacked(query: Tensor, segments: Sequence[Segment | SealedSegment]) -> Seg
         at = slice(place, place + part.tokens)
         part.copy_to(keys[:, at], values[:, at])
         place += part.tokens
-    return Segment(keys, values, 0)
+    return Segment(keys, values)
 
 
 def _joined(query: Tensor, segments: Sequence[Segment | SealedSegment]) -> Segment | None:
@@ -145,7 +143,7 @@ def _joined(query: Tensor, segments: Sequence[Segment | SealedSegment]) -> Segme
     states = parts[0].kv_heads * (query.shape[-1] + parts[0].value_dim) * query.dtype.itemsize if parts else 0
     if len(parts) < len(segments) or states > scores:
         return None
-    return Segment(torch.cat([part.keys for part in parts], 1), torch.cat([part.values for part in parts], 1), 0)
+    return Segment(torch.cat([part.keys for part in parts], 1), torch.cat([part.values for part in parts], 1))
 
 
 def _fused(query: Tensor, segment: Segment, visible: Visible, scaling: float, causal: bool) -> Tensor:
@@ -235,4 +233,4 @@ def _mix(
         share = weights[..., place : place + part.tokens]
         result += part.mix(share.reshape(part.kv_heads, -1, part.tokens)).view(heads, queries, -1)
         place += part.tokens
-    return result / total.clamp_min(torch.finfo(torch.float32).tiny)
+    return result / total.clamp_min(1.0)  # the peak's own share is 1; a query that sees nothing has 0

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .fused import NormForm
+from .native import gguf as native_gguf
 from .paged import PagedStates
 
 
@@ -21,13 +22,11 @@ class DecodeKernels:
     """The kernels of a one-token step.
 
     Args:
-        name: for `stats()`.
         append: stores the new states and turns the queries; see `append.append_reference`.
         decode: attention over a page table; see `paged.decode_reference`.
         workspace_bytes: scratch memory that `decode` needs for these tensors and a table of so many columns.
     """
 
-    name: str
     append: Callable[..., Tensor]
     decode: Callable[..., Tensor]
     workspace_bytes: Callable[[Tensor, PagedStates, int], int]
@@ -112,7 +111,7 @@ def _triton_kernels() -> DecodeKernels:
     def scratch(query: Tensor, pages: PagedStates, entries: int) -> int:
         return workspace_bytes(query, pages, entries, False)
 
-    return DecodeKernels("triton", _on_its_device(append), _on_its_device(decode), scratch)
+    return DecodeKernels(_on_its_device(append), _on_its_device(decode), scratch)
 
 
 def _on_its_device(kernel: Callable[..., Any]) -> Callable[..., Any]:
@@ -134,7 +133,7 @@ GGUF_ROWS = 16  # rows of activations that the kernels over GGUF blocks serve; m
 def gguf_kernel(device: torch.device) -> Callable[[Tensor, Tensor, str], Tensor] | None:
     """What multiplies up to `GGUF_ROWS` rows by a packed weight on `device`, see `gguf_triton.matmul`; or `None`."""
     if device.type == "cpu":
-        return _gguf_native()
+        return native_gguf.matmul if native_gguf.available() else None
     return None if why_not(device) is not None else _gguf_triton()
 
 
@@ -148,23 +147,15 @@ def _gguf_triton() -> Callable[[Tensor, Tensor, str], Tensor]:
 def gguf_decoder(device: torch.device) -> Callable[[Tensor, str, torch.dtype], Tensor] | None:
     """What decodes a packed weight on `device` faster than torch, see `gguf_decode_triton.decode`; or `None`."""
     if device.type == "cpu":
-        return None if _gguf_native() is None else _native_decode
+        return _native_decode if native_gguf.available() else None
     return None if why_not(device) is not None else _triton_decode
 
 
 def _native_decode(packed: Tensor, type: str, dtype: torch.dtype) -> Tensor:
-    from .native.gguf import decode
-
-    return decode(packed, type).to(dtype)
+    return native_gguf.decode(packed, type).to(dtype)
 
 
 def _triton_decode(packed: Tensor, type: str, dtype: torch.dtype) -> Tensor:
     from .gguf_decode_triton import decode
 
     return decode(packed, type, dtype)
-
-
-def _gguf_native() -> Callable[[Tensor, Tensor, str], Tensor] | None:
-    from .native import gguf
-
-    return gguf.matmul if gguf.available() else None

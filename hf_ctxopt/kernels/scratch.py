@@ -6,6 +6,7 @@ costs more than what is done with it.
 
 from __future__ import annotations
 
+import math
 import threading
 
 import torch
@@ -19,9 +20,7 @@ _kept = threading.local()
 
 def scratch(name: str, device: torch.device, *shape: int) -> Tensor:
     """An uninitialised float32 tensor of that shape, at most `SCRATCH` large; good until the next call so named."""
-    size = 1
-    for length in shape:
-        size *= length
+    size = math.prod(shape)
     key = f"{name} {device}"
     buffer: Tensor | None = getattr(_kept, key, None)
     if buffer is None or buffer.numel() < size:

@@ -20,6 +20,7 @@ from .plan import Pages, StepRequest
 from .pool import SEALED
 from .rows import Row
 from .storage import page_bytes
+from .wanted import filled_page, missing_pages, sealed_directly, unsealed, wanted_pages
 
 if TYPE_CHECKING:
     from .group import LayerGroup
@@ -111,7 +112,7 @@ def _stays(group: LayerGroup, row: Row, end: int, lower: int) -> bool:
         return lower == row.lower
     tail = row.page_of(row.length // size) if row.length % size else None
     own = tail is not None and group.pool.references(tail) == 1
-    return own and lower < row.length and lower // size == row.lower // size and not group.unsealed(row)
+    return own and lower < row.length and lower // size == row.lower // size and not unsealed(group, row)
 
 
 def _new_rows(pads: Sequence[int] | None, batch: int) -> list[Row]:
@@ -123,12 +124,12 @@ def _new_rows(pads: Sequence[int] | None, batch: int) -> list[Row]:
 def _fits(group: LayerGroup, ends: list[int], lows: list[int]) -> bool:
     bound = group.row_bound
     return bound is None or all(
-        sum(map(len, group.wanted_pages(end, low))) <= bound for end, low in zip(ends, lows, strict=True)
+        sum(map(len, wanted_pages(group, end, low))) <= bound for end, low in zip(ends, lows, strict=True)
     )
 
 
 def _rehearse(
-    group: LayerGroup, rows: list[Row], ends: list[int], keep: list[int], sealing: bool, drops: list[list[int]]
+    group: LayerGroup, rows: list[Row], ends: list[int], keep: list[int], sealing: bool, leaving: list[list[int]]
 ) -> Pages:
     """Pages in use after the step, with all drops before all takes: what `begin` will do, counted only."""
     pools = {False: group.pool, True: group.sealed}
@@ -136,24 +137,24 @@ def _rehearse(
     lost: Counter[int] = Counter()
     writers: Counter[int] = Counter()
     full: set[int] = set()
-    for row, end, lower, dropped in zip(rows, ends, keep, drops, strict=True):
+    for row, end, lower, dropped in zip(rows, ends, keep, leaving, strict=True):
         gone = {page for logical in dropped if (page := row.page_of(logical)) is not None}
         if lower > row.lower:
-            wanted = group.wanted_pages(row.length, lower)
+            wanted = wanted_pages(group, row.length, lower)
             gone |= {page for logical, page in row.pages() if not any(logical in pages for pages in wanted)}
-        unsealed = {page for _, page in group.unsealed(row)} - gone
-        full |= unsealed
-        lost.update(gone | unsealed)
-        whole = group.sealed_directly(row, end) if sealing else range(0)
+        closing = {page for _, page in unsealed(group, row)} - gone
+        full |= closing
+        lost.update(gone | closing)
+        whole = sealed_directly(group, row, end) if sealing else range(0)
         emptied = lower > row.lower and lower >= row.length  # all but the sinks goes, the begun page too
-        for missing in group.missing_pages(row, end, lower, emptied):
+        for missing in missing_pages(group, row, end, lower, emptied):
             direct = len(range(max(missing.start, whole.start), min(missing.stop, whole.stop)))
             taken[True] += direct
             taken[False] += len(missing) - direct
         tail = row.page_of(row.length // group.page_size) if end > row.length else None
         if tail is None or tail in gone:
             continue
-        if sealing and group.filled_page(row, end) is not None:
+        if sealing and filled_page(group, row, end) is not None:
             taken[True] += 1
             lost[tail] += 1
         else:

@@ -160,6 +160,11 @@ class Arena:
         sealed = {page: count for page, count in counts.items() if page >= SEALED}
         return {page: count for page, count in counts.items() if page < SEALED}, sealed
 
+    def renumber(self, places: Mapping[int, int]) -> None:
+        """Tell everybody who lists pages that some have moved, all at once."""
+        for listing in self.listings:
+            listing.renumber(places)
+
     def clear(self) -> None:
         """Forget every page and give the memory back."""
         self.pool, self.sealed, self.storages = PagePool(), PagePool(first=SEALED), {}

@@ -13,6 +13,7 @@ from .holes import drop, gaps
 from .plan import Fill, Pages, RowStep, StepPlan, StepRequest, Write
 from .pool import SEALED
 from .rows import Row, Stretch
+from .wanted import begun_page, filled_page, missing_pages, sealed_directly, unsealed
 
 if TYPE_CHECKING:
     from .group import LayerGroup
@@ -83,7 +84,7 @@ def _seal(group: LayerGroup, plan: StepPlan) -> None:
     """Exchange open pages that are full for sealed ones. Rows that share a page share the sealed one too."""
     done: dict[int, int] = {}
     for row in group.rows:
-        for logical, page in group.unsealed(row):
+        for logical, page in unsealed(group, row):
             if page in done:
                 group.sealed.share([done[page]])
             else:
@@ -101,7 +102,7 @@ def _last(row: Row, sealed: bool) -> int | None:
 
 def _fill(group: LayerGroup, plan: StepPlan, index: int, row: Row, end: int) -> None:
     """Exchange a begun page that the step fills for the sealed page it becomes."""
-    page = group.filled_page(row, end)
+    page = filled_page(group, row, end)
     if page is None:
         return
     size, logical = group.page_size, row.length // group.page_size
@@ -116,13 +117,13 @@ def _extend(group: LayerGroup, plan: StepPlan, index: int, end: int, keep: int) 
     row, start, size = group.rows[index], group.rows[index].length, group.page_size
     if end > start:
         _own_tail(group, plan, row)
-    whole = group.sealed_directly(row, end) if plan.sealing else range(0)
-    missing = [page for pages in group.missing_pages(row, end, keep) for page in pages]
+    whole = sealed_directly(group, row, end) if plan.sealing else range(0)
+    missing = [page for pages in missing_pages(group, row, end, keep) for page in pages]
     if missing:
         direct = [logical for logical in missing if logical in whole]
-        room = len(group.rows) > 1
-        opened = iter(group.pool.take(len(missing) - len(direct), _last(row, sealed=False), room))
-        sealed = iter(group.sealed.take(len(direct), _last(row, sealed=True), room))
+        leave_room = len(group.rows) > 1
+        opened = iter(group.pool.take(len(missing) - len(direct), _last(row, sealed=False), leave_room))
+        sealed = iter(group.sealed.take(len(direct), _last(row, sealed=True), leave_room))
         for logical in missing:
             row.add(logical, next(sealed if logical in whole else opened))
             if group.evictor is not None:
@@ -132,7 +133,7 @@ def _extend(group: LayerGroup, plan: StepPlan, index: int, end: int, keep: int) 
         row.whole = keep
     if plan.sealing:
         # A page that began in the middle, because its head was evicted, is sealed when the next step begins.
-        begun = group.begun_page(row, start)
+        begun = begun_page(group, row, start)
         row.sealed = max(row.sealed, start // size if begun is not None and begun < SEALED else end // size)
     held = row.stretches(size, group.policy.sinks)
     for piece in held:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from ..errors import out_of_memory
 from .plan import Pages
@@ -13,6 +13,7 @@ from .pool import SEALED, PagePool
 if TYPE_CHECKING:
     from .arena import Arena
     from .group import LayerGroup
+    from .storage import LayerStorage
 
 logger = logging.getLogger(__name__)
 
@@ -23,6 +24,7 @@ With pages of 32 tokens and heads of 64 channels, two open pages in a 16-bit dty
 quarter of a bit per value, which is what the scales leave of the next whole number of bits.
 """
 
+Made = TypeVar("Made")
 Limit = Callable[[Pages, int], int | None]
 
 
@@ -126,41 +128,43 @@ def trim(group: LayerGroup, needed: Pages | None = None) -> None:
 
 def compact_open(arena: Arena, capacity: int) -> None:
     """Move the open pages together and give back all but `capacity`, if there is memory to do so."""
-    order = sorted({page for listing in arena.listings for page in listing.listed() if page < SEALED})
-    try:
-        smaller = {layer: storage.compacted(order, capacity) for layer, storage in arena.storages.items()}
-    except (MemoryError, RuntimeError) as error:
-        if not out_of_memory(error):
-            raise
-        logger.warning("no memory to move %d pages together; a larger storage stays: %s", len(order), error)
+    order = _listed(arena, sealed=False)
+    smaller = _made(arena, lambda storage: storage.compacted(order, capacity), len(order))
+    if smaller is None:
         return
-    arena.storage_version += 1
     for layer, (keys, values) in smaller.items():
         arena.storages[layer].keys, arena.storages[layer].values = keys, values
     arena.pool = PagePool(capacity)
-    renumber(arena, {page: i for i, page in enumerate(order)})
+    arena.renumber({page: i for i, page in enumerate(order)})
     arena.pool.rebuild(arena.holders()[0])
 
 
 def _compact_sealed(arena: Arena, capacity: int) -> None:
-    order = sorted({page for listing in arena.listings for page in listing.listed() if page >= SEALED})
-    try:
-        smaller = {layer: storage.compacted_sealed(order, capacity) for layer, storage in arena.storages.items()}
-    except (MemoryError, RuntimeError) as error:
-        if not out_of_memory(error):
-            raise
-        logger.warning("no memory to move %d pages together; a larger storage stays: %s", len(order), error)
+    order = _listed(arena, sealed=True)
+    smaller = _made(arena, lambda storage: storage.compacted_sealed(order, capacity), len(order))
+    if smaller is None:
         return
-    arena.storage_version += 1
     for layer, parts in smaller.items():
         for part, (codes, scales) in zip(arena.storages[layer].parts, parts, strict=True):
             part.codes, part.scales = codes, scales
     arena.sealed = PagePool(capacity, first=SEALED)
-    renumber(arena, {page: SEALED + i for i, page in enumerate(order)})
+    arena.renumber({page: SEALED + i for i, page in enumerate(order)})
     arena.sealed.rebuild(arena.holders()[1])
 
 
-def renumber(arena: Arena, places: dict[int, int]) -> None:
-    """Tell everybody who lists pages that some have moved, all at once."""
-    for listing in arena.listings:
-        listing.renumber(places)
+def _listed(arena: Arena, sealed: bool) -> list[int]:
+    """The open, or the sealed, pages that somebody lists, in their order."""
+    return sorted({page for listing in arena.listings for page in listing.listed() if (page >= SEALED) == sealed})
+
+
+def _made(arena: Arena, make: Callable[[LayerStorage], Made], pages: int) -> dict[int, Made] | None:
+    """What `make` gives of each layer's storage, which is elsewhere then; `None` where there is no memory for it."""
+    try:
+        made = {layer: make(storage) for layer, storage in arena.storages.items()}
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        logger.warning("no memory to move %d pages together; a larger storage stays: %s", pages, error)
+        return None
+    arena.storage_version += 1
+    return made

@@ -10,7 +10,7 @@ import logging
 from typing import TYPE_CHECKING
 
 from ..errors import out_of_memory
-from .pool import SEALED, PagePool
+from .pool import KINDS, SEALED, PagePool
 
 if TYPE_CHECKING:
     from .arena import Arena
@@ -34,10 +34,9 @@ def compact(arena: Arena) -> int:
     for storage in arena.storages.values():
         storage.copy_pages([pair for pair in places.items() if pair[0] < SEALED])
         for source, target in places.items():
-            for part in storage.kept("s") if source >= SEALED else []:
+            for part in storage.kept(KINDS[1]) if source >= SEALED else []:
                 part[:, target - SEALED] = part[:, source - SEALED]
-    for listing in arena.listings:
-        listing.renumber(places)
+    arena.renumber(places)
     arena.pool, arena.sealed = PagePool(opened), PagePool(sealed, first=SEALED)
     for pool, counts in zip((arena.pool, arena.sealed), arena.holders(), strict=True):
         pool.rebuild(counts)

@@ -28,11 +28,10 @@ class Queue(Generic[Item]):
     Args:
         clock: seconds, for priorities that end.
         away: whether this is the second tier.
-        hopeful: whether `Node.steps` counts.
     """
 
-    def __init__(self, clock: Callable[[], float], away: bool, hopeful: bool) -> None:
-        self._clock, self._in_tier, self._hopeful = clock, away, hopeful
+    def __init__(self, clock: Callable[[], float], away: bool) -> None:
+        self._clock, self._away = clock, away
         self._heap: list[tuple[Key, int, Node[Item]]] = []
         self._ends: list[tuple[float, int, Node[Item]]] = []  # when the priority of a leaf's last page ends
         self._keys: dict[int, Key] = {}  # of the entry that counts, by the identity of the node in it
@@ -50,7 +49,7 @@ class Queue(Generic[Item]):
         """The node's page that would go next; `None` if none can."""
         if not node.alive or node.locks or node.parent is None:
             return None
-        if self._in_tier:
+        if self._away:
             leaf = node.resident < len(node.items) and not node.children
             return len(node.items) - 1 if leaf else None
         leaf = node.resident > 0 and all(child.resident == 0 for child in node.kids())
@@ -58,8 +57,7 @@ class Queue(Generic[Item]):
 
     def key(self, node: Node[Item], place: int) -> Key:
         """The smaller, the sooner it goes."""
-        steps = node.steps if self._hopeful else None
-        return node.priority(place, self._clock()), -float(steps or 0), node.last_use
+        return node.priority(place, self._clock()), -float(node.steps or 0), node.last_use
 
     def offer(self, node: Node[Item]) -> None:
         """The node may have become a leaf, or its worth has changed."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import weakref
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 from torch import Tensor
 
@@ -20,34 +20,14 @@ from .arena import Arena, Table
 from .begin import begin
 from .budget import Budget
 from .carry_out import begun_tokens, take_back
-from .holes import Evictor, leaving
+from .holes import leaving
 from .plan import StepPlan, StepRequest
+from .policy import Evictor, Policy
 from .pool import PagePool
 from .rewind import rewind
-from .rows import Row
+from .rows import END, Row
 from .sealed import Codecs
 from .storage import LayerStorage
-
-_ALL = 1 << 62  # past any logical page
-
-
-class Retention(Protocol):
-    """What a group asks of a policy (see `policies/sink_window.py`)."""
-
-    @property
-    def sinks(self) -> int:
-        """First tokens that are never evicted."""
-
-    @property
-    def most_held(self) -> int | None:
-        """Most non-sink tokens a query sees; `None` if unbounded."""
-
-    @property
-    def slides(self) -> bool:
-        """Whether every query sees exactly its last `most_held` tokens besides the sinks."""
-
-    def horizon(self, token: int) -> int:
-        """Oldest non-sink token the query at `token` may see; never decreases."""
 
 
 class LayerGroup:
@@ -79,7 +59,7 @@ class LayerGroup:
     def __init__(
         self,
         layers: Sequence[int],
-        policy: Retention,
+        policy: Policy,
         page_size: int,
         budget: Budget,
         pads: Sequence[int] | None = None,
@@ -99,7 +79,6 @@ class LayerGroup:
         self.headroom = 0
         self.progress: dict[int, int] = dict.fromkeys(self.layers, 0)
         self.seen = 0
-        self.evicted_pages = 0
         self.recording = self.keeping = self.guarded = False
         self.begun: dict[int, dict[int, tuple[Tensor, Tensor]]] = {}
         self.evictor: Evictor | None = None
@@ -252,54 +231,10 @@ class LayerGroup:
         if not self.guarded:
             self.begun = {}
 
-    def wanted_pages(self, end: int, lower: int) -> tuple[range, range]:
-        """Logical pages that hold the sinks, and those that hold the tokens `[lower, end)`."""
-        size, sinks = self.page_size, -(-min(self.policy.sinks, end) // self.page_size)
-        if lower >= end:
-            return range(sinks), range(0)
-        return range(min(sinks, lower // size)) if lower else range(0), range(lower // size, -(-end // size))
-
-    def missing_pages(self, row: Row, end: int, lower: int, emptied: bool = False) -> list[range]:
-        """The wanted pages that the row does not have yet, or not once it is `emptied` of all but the sinks.
-
-        They all come after those it has.
-        """
-        held = row.runs[-1].first + row.runs[-1].count if row.runs else 0
-        if emptied:
-            held = min(held, -(-min(self.policy.sinks, row.length) // self.page_size))
-        return [range(max(held, pages.start), pages.stop) for pages in self.wanted_pages(end, lower)]
-
-    def unsealed(self, row: Row) -> list[tuple[int, int]]:
-        """(logical page, open page) of full pages that the coming step seals."""
-        full = row.length // self.page_size
-        if self.codecs is None or row.sealed >= full:
-            return []
-        return row.open_pages(max(row.sealed, self.codecs.open_first), full)
-
-    def begun_page(self, row: Row, length: int) -> int | None:
-        """The page that is begun but not full with `length` tokens, where it is not to stay open."""
-        logical = length // self.page_size
-        if self.codecs is None or length % self.page_size == 0 or logical < self.codecs.open_first:
-            return None
-        return row.page_of(logical)
-
-    def filled_page(self, row: Row, end: int) -> int | None:
-        """The row's begun page, if it is full and can be sealed once the row has `end` tokens."""
-        fills = end - row.length >= self.page_size - row.length % self.page_size
-        return self.begun_page(row, row.length) if fills else None
-
-    def sealed_directly(self, row: Row, end: int) -> range:
-        """Logical pages that a step to `end` tokens fills by itself and that can be sealed."""
-        if self.codecs is None:
-            return range(0)
-        return range(max(-(-row.length // self.page_size), self.codecs.open_first), end // self.page_size)
-
     def drop_below(self, row: Row, lower: int, end: int) -> None:
         """Release the non-sink pages that hold nothing of `[lower, end)`."""
         first_free = -(-self.policy.sinks // self.page_size)
-        gone = row.drop(first_free, lower // self.page_size if lower < end else _ALL)
-        self.evicted_pages += len(gone)
-        self.release(gone)
+        self.release(row.drop(first_free, lower // self.page_size if lower < end else END))
 
     def replace(self, row: Row, logical: int, page: int) -> None:
         """Put `page` in the place of the page that the row holds, and release that one."""
@@ -389,7 +324,7 @@ class LayerGroup:
         else:
             self.arena.clear()
         self.rows = []
-        self.evicted_pages, self.pads = 0, None  # the padding was that of the text which is forgotten
+        self.pads = None  # the padding was that of the text which is forgotten
         self.recording = self._late = self.dropped = False
         self.announced = 0
         self.set_seen(0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING
 
 from ..errors import ConfigError
 from .plan import Pages
@@ -11,20 +11,6 @@ from .rows import Row
 
 if TYPE_CHECKING:
     from .group import LayerGroup
-
-
-class Evictor(Protocol):
-    """What a group asks of a policy that names pages to drop."""
-
-    tokens: int | None
-    nbytes: int | None
-    clock: Any
-
-    def excess(self, held: int, coming: int) -> int:
-        """Pages that go before a step of `coming` tokens."""
-
-    def victims(self, pages: Sequence[tuple[int, bool, float]], count: int) -> list[int]:
-        """Which of these (first token, generated, born) go, by their place."""
 
 
 def leaving(group: LayerGroup, row: Row, coming: int) -> int:
@@ -56,7 +42,6 @@ def drop(group: LayerGroup, row: Row, pages: Sequence[int]) -> None:
     for logical in pages:
         group.release(row.drop(logical, logical + 1))
         row.holes[logical] = row.length
-    group.evicted_pages += len(pages)
 
 
 def gaps(row: Row, page_size: int) -> tuple[tuple[int, int], ...]:

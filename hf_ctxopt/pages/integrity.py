@@ -8,6 +8,7 @@ from ..errors import IntegrityError
 from .group import LayerGroup
 from .pool import SEALED
 from .rows import Row
+from .wanted import wanted_pages
 
 logger = logging.getLogger(__name__)
 
@@ -18,7 +19,7 @@ def violations(group: LayerGroup) -> list[str]:
     found = group.pool.violations(open_pages) + group.sealed.violations(sealed)
     for index, row in enumerate(group.rows):
         listed = [logical for logical, _ in row.pages()]
-        wanted = [page for pages in group.wanted_pages(row.length, row.lower) for page in pages]
+        wanted = [page for pages in wanted_pages(group, row.length, row.lower) for page in pages]
         wanted = [page for page in wanted if page not in row.holes]
         if listed != wanted:
             found.append(f"row {index} lists logical pages {listed} for tokens [{row.lower}, {row.length})")

@@ -12,6 +12,13 @@ from ..errors import IntegrityError
 
 SEALED = 1 << 40
 """Sealed pages are numbered from here on, open pages from 0."""
+KINDS = ("o", "s")
+"""Open and sealed pages, where a letter stands for the kind (in saved files too)."""
+
+
+def kind_of(page: int) -> str:
+    """Of `KINDS`."""
+    return KINDS[page >= SEALED]
 
 
 class PagePool:

@@ -57,26 +57,20 @@ class RadixTree(Generic[Item]):
     Args:
         page_size: tokens of a page.
         clock: seconds, for priorities that end.
-        hopeful: whether texts that are expected to go on sooner (`steps_to_next`) outlive others of their priority.
     """
 
-    def __init__(self, page_size: int, clock: Callable[[], float] = time.monotonic, hopeful: bool = True) -> None:
-        self.page_size, self.clock, self.hopeful = page_size, clock, hopeful
+    def __init__(self, page_size: int, clock: Callable[[], float] = time.monotonic) -> None:
+        self.page_size, self.clock = page_size, clock
         self._roots: dict[Hashable, Node[Item]] = {}
         self._uses = 0
         self.pages = self.resident_pages = self.locked_pages = 0
-        self._resident = Queue[Item](self.clock, away=False, hopeful=hopeful)
-        self._away = Queue[Item](self.clock, away=True, hopeful=hopeful)
+        self._resident = Queue[Item](self.clock, away=False)
+        self._away = Queue[Item](self.clock, away=True)
 
     @property
     def tokens(self) -> int:
         """Tokens of all pages."""
         return self.pages * self.page_size
-
-    @property
-    def evictable_pages(self) -> int:
-        """Pages that no lock protects."""
-        return self.pages - self.locked_pages
 
     # ---- texts
 
@@ -156,17 +150,9 @@ class RadixTree(Generic[Item]):
             yield node
             waiting.extend(node.kids())
 
-    def namespaces(self) -> list[Hashable]:
-        """Those that have texts."""
-        return list(self._roots)
-
     def roots(self) -> list[tuple[Hashable, Node[Item]]]:
         """What each namespace's texts hang on."""
         return list(self._roots.items())
-
-    def namespace_of(self, node: Node[Item]) -> Hashable:
-        """Where a node belongs."""
-        return node.namespace
 
     def clear(self) -> None:
         """Forget everything, locked or not: locks end without effect."""

@@ -7,7 +7,7 @@ Source: SGLang, `mem_cache/radix_cache.py` (`TreeNode`); priorities and duration
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterator, Sequence
 from typing import Generic, TypeVar
 
 DEFAULT_PRIORITY = 35
@@ -94,7 +94,7 @@ class Node(Generic[Item]):
         """
         place = bisect_left(self._firsts, tokens)
         near = [
-            (_common(self._firsts[at], tokens), self._sorted[at])
+            (same_tokens(self._firsts[at], tokens), self._sorted[at])
             for at in (place - 1, place)
             if 0 <= at < len(self._sorted)
         ]
@@ -172,7 +172,8 @@ class Node(Generic[Item]):
         return [token for node in self.path() for page in node.pages for token in page]
 
 
-def _common(one: Page, other: Page) -> int:
+def same_tokens(one: Sequence[int], other: Sequence[int]) -> int:
+    """Tokens that two texts begin with alike."""
     return next((at for at, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import torch
 
-from .capacity import renumber
 from .codec import Codec
 from .group import LayerGroup
 from .plan import Pages
@@ -60,7 +59,7 @@ def _close_full_pages(group: LayerGroup, open_first: int) -> None:
         arena.storages[layer].close_all(last, keys, values, codecs)
     group.codecs = arena.codecs = codecs
     arena.pool, arena.sealed = PagePool(capacity), PagePool(last, first=SEALED)
-    renumber(arena, {page: SEALED + page for page in full} | {page: at for at, page in enumerate(stay)})
+    arena.renumber({page: SEALED + page for page in full} | {page: at for at, page in enumerate(stay)})
     opened, sealed = arena.holders()
     arena.pool.rebuild(opened)
     arena.sealed.rebuild(sealed)

@@ -8,11 +8,10 @@ from typing import TYPE_CHECKING
 from .capacity import resize
 from .plan import Pages
 from .pool import SEALED
+from .rows import END
 
 if TYPE_CHECKING:
     from .group import LayerGroup
-
-_ALL = 1 << 62  # past any logical page
 
 
 def rewind(group: LayerGroup, seen: int) -> None:
@@ -24,7 +23,7 @@ def rewind(group: LayerGroup, seen: int) -> None:
         row.length, row.lower = length, row.lower if length else 0
         row.sealed = min(row.sealed, length // size)
         row.holes = {page: at for page, at in row.holes.items() if page * size < length}
-        group.release(row.drop(-(-length // size), _ALL))
+        group.release(row.drop(-(-length // size), END))
         if row.lower:
             group.drop_below(row, row.lower, row.length)
     reopened: dict[int, int] = {}
@@ -53,7 +52,7 @@ def _make_room_to_reopen(group: LayerGroup, lengths: list[int]) -> None:
     for row, length in zip(group.rows, lengths, strict=True):
         page = row.page_of(length // size) if length % size else None
         begun |= {page} if page is not None and page >= SEALED else set()
-        gone.update(page for _, page in row.open_pages(-(-length // size), _ALL))
+        gone.update(page for _, page in row.open_pages(-(-length // size), END))
     if begun:
         free = group.pool.free + sum(group.pool.references(page) == count for page, count in gone.items())
         resize(group.arena, Pages(group.pool.capacity + max(0, len(begun) - free), group.sealed.capacity))

@@ -12,6 +12,8 @@ from dataclasses import dataclass, field, replace
 
 from .pool import SEALED
 
+END = 1 << 62  # past any logical page
+
 
 @dataclass
 class Run:
@@ -142,9 +144,9 @@ class Row:
             return self.length - len(self.holes) * page_size
         return min(sinks, self.length) + self.length - self.lower
 
-    def stretches(self, page_size: int, sinks: int, stop: int | None = None) -> list[Stretch]:
-        """The held tokens before `stop` (default: all), in text order."""
-        length = self.length if stop is None else min(stop, self.length)
+    def stretches(self, page_size: int, sinks: int) -> list[Stretch]:
+        """The held tokens, in text order."""
+        length = self.length
         spans = [(0, length)] if self.lower == 0 else [(0, min(sinks, length)), (self.lower, length)]
         found: list[Stretch] = []
         for start, end in spans:

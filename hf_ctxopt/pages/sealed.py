@@ -32,6 +32,11 @@ class Codecs:
     rotate_values: bool = False
     open_first: int = 1
 
+    @property
+    def bits(self) -> tuple[int, int]:
+        """Bits of K and of V."""
+        return self.keys.bits, self.values.bits
+
     def check(self, keys: Tensor, values: Tensor) -> None:
         """Raise `ConfigError` unless states `(..., head_dim)` of these sizes can be packed."""
         for name, codec, states in (("k", self.keys, keys), ("v", self.values, values)):

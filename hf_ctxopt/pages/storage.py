@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from ..kernels.dispatch import gather_kernel, seal_kernel
-from ..kernels.native.attend import Pages, Piece
+from ..kernels.native.attend import AllPages, Place
 from ..kernels.paged import PagedStates, SealedPages
 from ..kernels.sealed import SealedSegment, SealedTokens
-from .pool import SEALED
+from .pool import KINDS, SEALED
 from .rotation import rotate_channels, rotation_matrix
 from .rows import Stretch
 from .sealed import Codecs, SealedPart
@@ -71,16 +71,18 @@ class LayerStorage:
     @property
     def codec_bits(self) -> tuple[int, int] | None:
         """Bits of sealed K and V; `None` where pages are never sealed."""
-        return None if self.codecs is None else (self.codecs.keys.bits, self.codecs.values.bits)
+        return None if self.codecs is None else self.codecs.bits
 
     @property
     def tensors(self) -> list[Tensor]:
         """Every tensor that holds keys or values."""
-        return [self.keys, self.values, *(tensor for part in self.parts for tensor in part.tensors)]
+        return [tensor for kind in KINDS for tensor in self.kept(kind)]
 
     def kept(self, kind: str) -> list[Tensor]:
-        """Every tensor of the open ("o") or the sealed ("s") pages, page by page along dimension 1."""
-        return [self.keys, self.values] if kind == "o" else [tensor for part in self.parts for tensor in part.tensors]
+        """Every tensor of the pages of a kind (of `KINDS`), page by page along dimension 1."""
+        if kind == KINDS[0]:
+            return [self.keys, self.values]
+        return [tensor for part in self.parts for tensor in part.tensors]
 
     @staticmethod
     def kept_shapes(
@@ -88,10 +90,10 @@ class LayerStorage:
     ) -> dict[str, list[tuple[int, ...]]]:
         """Shapes of one page in the tensors of `kept`, for `(kv_heads, key_dim, value_dim)`."""
         heads, *dims = heads_dims
-        found: dict[str, list[tuple[int, ...]]] = {"o": [(heads, page_size, dim) for dim in dims]}
+        found: dict[str, list[tuple[int, ...]]] = {KINDS[0]: [(heads, page_size, dim) for dim in dims]}
         if codecs is not None:
             both = zip((codecs.keys, codecs.values), dims, strict=True)
-            found["s"] = [
+            found[KINDS[1]] = [
                 (heads, *shape)
                 for codec, dim in both
                 for shape in (codec.code_shape(page_size, dim), codec.scale_shape(page_size, dim))
@@ -114,8 +116,8 @@ class LayerStorage:
     @property
     def sealed_bytes(self) -> int:
         """Bytes of one sealed page's K and V, scales included."""
-        tensors = [tensor for part in self.parts for tensor in part.tensors]  # of which there may be no page yet
-        return sum(t.shape[0] * math.prod(t.shape[2:]) * t.element_size() for t in tensors)
+        # Of the tensors, in which there may be no page yet.
+        return sum(t.shape[0] * math.prod(t.shape[2:]) * t.element_size() for t in self.kept(KINDS[1]))
 
     def resize(self, capacity: int, sealed: int = 0) -> None:
         """Allocate `capacity` open and `sealed` sealed pages and keep the contents of those that remain.
@@ -292,15 +294,15 @@ class LayerStorage:
         return keys, values
 
     @property
-    def all_pages(self) -> Pages:
+    def all_pages(self) -> AllPages:
         """Open and sealed pages as the CPU's kernel reads them; there must be codecs."""
         keys, values = (
             SealedTokens(part.codes, part.scales, part.codec.bits, part.codec.over_tokens) for part in self.parts
         )
-        return Pages(self.keys, self.values, (keys, values))
+        return AllPages(self.keys, self.values, (keys, values))
 
-    def piece(self, stretch: Stretch) -> Piece:
-        """A stretch by its place in `all_pages`."""
+    def place(self, stretch: Stretch) -> Place:
+        """Where a stretch lies in `all_pages`."""
         sealed = stretch.sealed(self.page_size)
         return sealed, stretch.slot - (SEALED * self.page_size if sealed else 0), stretch.length
 

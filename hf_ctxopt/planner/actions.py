@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from ..caches.base import PageCache, attention_cache
+from ..caches.options import check_int
 from ..errors import ConfigError, CtxoptError, out_of_memory
 from .monitor import Action, Monitor
 
@@ -34,7 +35,7 @@ def drop_prefixes(stores: Callable[[], Iterable[Any]], share: int = SHARE) -> Ac
     Raises:
         ConfigError: `share` is not a whole number from 1 on.
     """
-    _check_count("share", share)
+    check_int("share", share, 1)
 
     def act() -> int:
         freed = 0
@@ -80,30 +81,20 @@ def seal_colder(caches: Callable[[], Iterable[Any]], steps: Sequence[int] = STEP
     return Action("seal_colder", act, again=True)
 
 
-def _check_count(field: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ConfigError(field, value, "an integer >= 1")
-
-
 def _ours(caches: Callable[[], Iterable[Any]]) -> Iterator[PageCache]:
     """Our caches among those that there are, also inside of an encoder-decoder's."""
     return (cache for given in caches() if (cache := attention_cache(given)) is not None)
 
 
-def _bits(cache: PageCache) -> dict[str, int]:
-    bits = cache.options.kv_bits
-    return dict(bits) if isinstance(bits, Mapping) else {"k": bits, "v": bits}
-
-
 def _most_bits(cache: PageCache) -> int:
-    return max(_bits(cache).values())
+    return max(cache.options.bits.values())
 
 
 def _has_full_pages(cache: PageCache, bits: int | Mapping[str, int]) -> bool:
     """Whether any page would be stored with those bits: one that is full, behind those that stay open."""
     options = replace(cache.options, kv_bits=bits)
     for group in cache.groups:
-        codecs = options.codecs(None if group.policy.most_held is None else group.policy.sinks)
+        codecs = options.codecs(group.policy)
         first = 0 if codecs is None else codecs.open_first
         if group.sealed.used or any(row.open_pages(first, row.length // group.page_size) for row in group.rows):
             return True
@@ -118,7 +109,7 @@ def _fewer_bits(cache: PageCache, steps: Sequence[int]) -> int:
     fewer = next((step for step in steps if step < _most_bits(cache)), None)
     if fewer is None:
         return 0
-    new = {part: min(had, fewer) for part, had in _bits(cache).items()}
+    new = {part: min(had, fewer) for part, had in cache.options.bits.items()}
     bits = new if len(set(new.values())) > 1 else fewer
     if not _has_full_pages(cache, bits):
         return 0
@@ -145,7 +136,7 @@ def shrink_windows(caches: Callable[[], Iterable[Any]], least: int = LEAST_WINDO
     Raises:
         ConfigError: `least` is not a whole number from 1 on.
     """
-    _check_count("least", least)
+    check_int("least", least, 1)
     shrunk: list[tuple[weakref.ref[Any], Any]] = []
 
     def act() -> int:

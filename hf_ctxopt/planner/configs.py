@@ -24,7 +24,7 @@ def config_at(spec: str, file: GgufFile | None) -> Any:
     if (
         file is None
         and not path.exists()
-        and (path.is_absolute() or spec.startswith((".", "~")) or spec.count("/") > 1)
+        and (path.is_absolute() or spec.startswith((".", "~")) or spec.count("/") > 1 or path.suffix == ".gguf")
     ):
         raise ConfigError("model", spec, "an existing folder, config.json or .gguf file, or a Hub id")
     if file is not None:

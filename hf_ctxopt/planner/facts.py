@@ -5,50 +5,26 @@ Read from a config, with the model on the meta device, or from a model as it sta
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError, UnsupportedModelError
-from ..layerwise import largest, layer_value, layer_values
-from ..readers import check_reads
+from ..models.layerwise import largest, layer_values
+from ..models.lengths import length_limit, rope_sets, trained_length
+from ..models.readers import check_reads
 from ..weights.linear import GgufLinear
 from ..weights.mixes import Shape
-from ..weights.roles import Role, layer_of, role
-from ..weights.sizes import meta_model, shape_of, weights_of
-from ..weights.stored import DENSE, UNPACKED, method_of, stored_of, stored_scheme
+from ..weights.shapes import meta_model, shape_of, weights_of
+from ..weights.stored import DENSE, UNPACKED, is_packed, method_of, stored_of, stored_scheme
 from .configs import broken, config_at, config_of, gguf_file, reason
-from .held import held_bytes, is_packed, item_of
+from .held import held_bytes, item_of
+from .layers import LayerShape, layer_shapes
 
-_LENGTHS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "n_ctx")
-"""What configs call the trained length, in the order in which they are asked."""
 _CHOSEN = ("num_experts_per_tok", "top_k_experts", "moe_topk")
 """What configs call the experts that a token goes through."""
-_LENGTH_SCALED = ("dynamic", "longrope")
-
-
-@dataclass(frozen=True)
-class LayerShape:
-    """The keys and values of the layers that keep the same tokens and have equal heads.
-
-    Args:
-        layers: how many they are.
-        kv_heads: heads of keys and values.
-        key_dim: channels of a key.
-        value_dim: channels of a value.
-        window: the model's own sliding window; `None` for full attention.
-    """
-
-    layers: int
-    kv_heads: int
-    key_dim: int
-    value_dim: int
-    window: int | None = None
-
-    def token_bytes(self, item: int) -> int:
-        """Bytes of a token over the layers, in elements of `item` bytes."""
-        return self.layers * self.kv_heads * (self.key_dim + self.value_dim) * item
 
 
 @dataclass(frozen=True)
@@ -72,10 +48,7 @@ class Matrix:
     @property
     def numel(self) -> int:
         """Its weights."""
-        total = 1
-        for size in self.shape:
-            total *= size
-        return total
+        return math.prod(self.shape)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)  # by identity: what is worked out of them is kept (`schemes.py`)
@@ -193,13 +166,13 @@ def _facts(config: Any, model: Any, source: str | None, stored: str | None = Non
             if isinstance(size, int) and size < 1:
                 raise ConfigError(name, size, f"an integer >= 1 in the config of {text.model_type}")
     module = model if model is not None else _meta(config)
-    groups, others = _groups(text, module)
+    groups, others = layer_shapes(text, module)
     experts = float(shape_of(config).experts)
     chosen = float(next((count for name in _CHOSEN if (count := largest(text, name))), experts))
     hidden = largest(text, "hidden_size")
     inner = largest(text, "intermediate_size") or largest(text, "n_inner") or 4 * hidden
     narrow = largest(text, "moe_intermediate_size")
-    trained, packed = _trained(text), model is not None and is_packed(model)
+    trained, packed = trained_length(text), model is not None and is_packed(model)
     return ModelFacts(
         name=source or str(getattr(config, "_name_or_path", "") or config.model_type), source=source, groups=groups,
         matrices=_matrices(module), shape=shape_of(config), trained=trained, window_limit=_window_limit(text, trained),
@@ -223,73 +196,6 @@ def _meta(config: Any) -> Any:
         raise UnsupportedModelError(
             f"{config.model_type}: transformers cannot build it from its config ({reason(error)})"
         ) from error
-
-
-def _groups(text: Any, module: Any) -> tuple[tuple[LayerShape, ...], int]:
-    """Layers of equal heads and windows together, as the cache will have them, and how many it does not page."""
-    from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
-
-    try:
-        stock = DynamicCache(config=text).layers or [DynamicLayer() for _ in range(int(text.num_hidden_layers))]
-        windows = [int(x.sliding_window) if type(x) is DynamicSlidingWindowLayer else None for x in stock]
-    except broken() as error:
-        raise UnsupportedModelError(
-            f"{text.model_type}: transformers makes no cache for it ({reason(error)})"
-        ) from error
-    measured = _projections(_own_parts(module, {text.model_type, module.config.model_type}))
-    counted: dict[tuple[int, int, int, int | None], int] = {}
-    others = 0
-    for index, layer in enumerate(stock):
-        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
-            others += 1
-            continue
-        key = (*_heads(text, index, measured.get(index)), windows[index])
-        counted[key] = counted.get(key, 0) + 1
-    if not counted:
-        raise UnsupportedModelError(f"{text.model_type} has no attention layer whose keys and values pages can hold")
-    return tuple(LayerShape(count, *key) for key, count in counted.items()), others
-
-
-def _own_parts(module: Any, kinds: set[str]) -> Iterator[tuple[str, Any]]:
-    """(name, part) of a model without those of other kinds in it: an image's encoder has numbered layers too."""
-    from transformers.modeling_utils import PreTrainedModel
-
-    foreign: list[str] = []
-    for name, part in module.named_modules():
-        if isinstance(part, PreTrainedModel) and part.config.model_type not in kinds:
-            foreign.append(name + ".")
-        elif not name.startswith(tuple(foreign)):
-            yield name, part
-
-
-def _projections(parts: Iterable[tuple[str, Any]]) -> dict[int, tuple[int, int, int]]:
-    """Layer → rows of its key and value projections and the size of its heads, where the model has them apart."""
-    found: dict[int, tuple[int, int, int]] = {}
-    for name, part in parts:
-        layer, size = layer_of(name + "."), getattr(part, "head_dim", None)
-        if layer is None or layer in found or not isinstance(size, int):
-            continue
-        rows = {}
-        for child, projection in part.named_children():
-            kind = role(child)
-            if kind in (Role.K, Role.V) and isinstance(getattr(projection, "out_features", None), int):
-                rows[kind] = int(projection.out_features)
-        if Role.K in rows:
-            found[layer] = rows[Role.K], rows.get(Role.V, rows[Role.K]), size
-    return found
-
-
-def _heads(text: Any, index: int, measured: tuple[int, int, int] | None) -> tuple[int, int, int]:
-    """Heads, channels of a key and channels of a value of one layer."""
-    heads = int(layer_value(text, "num_attention_heads", index))
-    if measured is not None and measured[0] % measured[2] == 0:
-        kv_heads = measured[0] // measured[2]
-        return kv_heads, measured[2], measured[1] // kv_heads
-    named = (layer_value(text, name, index) for name in ("num_key_value_heads", "num_kv_heads"))
-    own = next((count for count in named if count), heads)
-    single = getattr(text, "multi_query", False) and not getattr(text, "new_decoder_architecture", False)
-    size = int(layer_value(text, "head_dim", index) or largest(text, "hidden_size") // heads)
-    return 1 if single else int(own), size, size
 
 
 def _matrices(module: Any) -> tuple[Matrix, ...]:
@@ -316,25 +222,9 @@ def _matrices(module: Any) -> tuple[Matrix, ...]:
     )
 
 
-def _rope_sets(text: Any) -> list[Mapping[str, Any]]:
-    given = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
-    return [given] if "rope_type" in given else [part for part in given.values() if isinstance(part, Mapping)]
-
-
-def _trained(text: Any) -> int | None:
-    """Tokens that the model was trained on; `None` if its config says nothing, or "any" as XLNet's -1 does."""
-    given = (getattr(text, name, None) for name in _LENGTHS)
-    return next((int(length) for length in given if isinstance(length, int | float) and length >= 1), None)
-
-
 def _window_limit(text: Any, trained: int | None) -> int | None:
     """Tokens that may be held while others go: the trained length, less where rotation rescales with the length."""
-    sets = _rope_sets(text)
-    if (not sets and not hasattr(text, "rope_theta")) or getattr(text, "alibi", False):
+    if (not rope_sets(text) and not hasattr(text, "rope_theta")) or getattr(text, "alibi", False):
         return None  # learned or relative positions: what leaves cannot be made up for
-    limits = [
-        int(part.get("original_max_position_embeddings") or trained or 0) - 1
-        for part in sets
-        if part.get("rope_type") in _LENGTH_SCALED
-    ]
-    return min([limit for limit in [*limits, trained or 0] if limit > 0], default=None)
+    limits = [(length_limit(text) or 0) - 1, trained or 0]
+    return min((limit for limit in limits if limit > 0), default=None)

@@ -6,11 +6,9 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from .facts import ModelFacts
-from .footprint import GRAPH, KvLayout, activation_bytes, logit_bytes
+from .footprint import ENDLESS, GRAPH, KvLayout, activation_bytes, logit_bytes
 from .ladder import Rung
 from .schemes import WeightBytes, weight_bytes
-
-ENDLESS = 1 << 40  # tokens
 
 
 @dataclass(frozen=True, kw_only=True)

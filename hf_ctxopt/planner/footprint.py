@@ -10,7 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ..pages.codec import Codec
-from .facts import LayerShape, ModelFacts
+from .facts import ModelFacts
+from .layers import LayerShape
 from .profiles import GIB
 from .schemes import WeightBytes
 
@@ -21,7 +22,7 @@ PIECE = 32 << 20
 CHUNKS = (1024, 512, 256, 128)
 """Tokens of a prefill chunk, in the order they are tried (`integration/chunking.py` has the same bounds)."""
 LARGE_CHUNK, LARGE_CARD = 2048, 24 * GIB
-_ENDLESS = 1 << 40  # tokens
+ENDLESS = 1 << 40  # tokens
 
 
 def reserve_of(vram: int) -> int:
@@ -85,7 +86,7 @@ class KvLayout:
         """Bytes of what does not grow: full windows of sliding layers, where others grow, and pages that stay open."""
         total = 0
         for group in self.groups:
-            sealed, opened = self._pages(_ENDLESS, group)
+            sealed, opened = self._pages(ENDLESS, group)
             total += opened * self._page(group, False)
             total += 0 if group in self.growing else sealed * self._page(group, self.quantized)
         return self.rows * total
@@ -109,7 +110,7 @@ class KvLayout:
 
     def tokens(self, pages: int) -> int | None:
         """Tokens of each row that `pages` growing pages hold; `None` for any number, because windows bound them."""
-        if self.bounded and pages >= self.needed(_ENDLESS):
+        if self.bounded and pages >= self.needed(ENDLESS):
             return None
         first = max(self._opened_first(group) for group in self.growing) if self.quantized else 0
         return (pages // self.rows + first) * self.page_size

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ..errors import ConfigError
@@ -178,8 +178,6 @@ def _wait(device: Any) -> None:
 
 
 def _measured(device: Device) -> Device:
-    from dataclasses import replace
-
     return replace(device, bandwidth=copy_bandwidth(device.device))
 
 

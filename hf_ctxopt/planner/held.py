@@ -12,11 +12,6 @@ def item_of(model: Any) -> int:
     return int(dtype.itemsize) if dtype is not None and dtype.is_floating_point else 2
 
 
-def is_packed(model: Any) -> bool:
-    """Whether a matrix is stored as integers."""
-    return any(part.dim() > 1 and not part.is_floating_point() for part in model.parameters())
-
-
 def held_bytes(model: Any) -> tuple[int, int, int]:
     """Bytes of the parameters and buffers on the model's device: layers, embedding, head; a tied matrix once."""
     device = next(

@@ -15,11 +15,11 @@ from dataclasses import dataclass
 from ..errors import ConfigError
 from .schemes import LOADED, PLAIN, SCHEMES
 
-WEIGHTS = ("bf16", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M")
+WEIGHTS = (PLAIN, "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M")
 """The schemes tried by default, best first; all of them run without another package."""
 FINE = ((16, 16), (8, 8))
 COARSE = ((8, 4), (4, 4), (2, 2))
-_EIGHT = (LOADED, "bf16", "Q8_0", "hqq8", "int8", "quanto-int8", "torchao-int8")
+_EIGHT = (LOADED, PLAIN, "Q8_0", "hqq8", "int8", "quanto-int8", "torchao-int8")
 _BEST_FIRST = (*_EIGHT, "Q6_K", "Q5_K_M", "Q5_K_S", "Q5_1", "Q5_0", "Q4_K_M", "awq", "gptq", "hqq4", "Q4_K_S",
                "nf4", "quanto-int4", "torchao-int4", "Q4_1", "Q4_0")  # fmt: skip
 

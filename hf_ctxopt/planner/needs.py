@@ -26,6 +26,8 @@ SOUGHT, OUTSIDE = 0.012, 0.35
 ERROR = 0.10
 """Most change of what attention returns, relative to its norm, for the sake of fewer bits."""
 BITS = (8, 4, 2)
+SINKS, LEAST_WINDOW = 4, 256
+"""First tokens that are kept with every window, measured or planned, and the shortest window that is worth having."""
 
 
 @dataclass(frozen=True, kw_only=True)

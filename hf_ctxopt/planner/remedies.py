@@ -43,14 +43,19 @@ def remedies(best: Choice, tried: Sequence[Choice], tokens: int) -> tuple[str, .
 
 def _rounded_up(count: int) -> tuple[int, str]:
     """Bytes that `size` writes exactly, no fewer than `count`, and what it writes."""
-    step = GIB / 100 if count >= GIB else MIB if count >= MIB else KIB
+    step = _step(count)
     found = math.ceil(math.ceil(count / step) * step)
     return found, size(found)
 
 
 def _rounded_down(count: int) -> int:
-    step = GIB / 100 if count >= GIB else MIB if count >= MIB else KIB
+    step = _step(count)
     return int(int(count / step) * step)
+
+
+def _step(count: int) -> float:
+    """Bytes between two numbers that `size` tells apart."""
+    return GIB / 100 if count >= GIB else MIB if count >= MIB else KIB
 
 
 def rejections(tried: Sequence[Choice], tokens: int) -> list[str]:

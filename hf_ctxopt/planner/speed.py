@@ -8,10 +8,11 @@ A copy reaches 0.9 of an H200's data sheet. The latency is that of a layer's ker
 
 from __future__ import annotations
 
+from .hardware import HOST_BANDWIDTH
+
 SHARE = 0.9
 LATENCY, FOREIGN_LATENCY = 0.09e-3, 0.13e-3  # seconds per layer, replayed
 EAGER_LATENCY = 0.62e-3  # seconds per layer where each kernel is launched from Python
-HOST_BANDWIDTH = 30e9
 
 
 def token_ms(

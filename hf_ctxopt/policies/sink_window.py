@@ -28,11 +28,6 @@ class SinkWindow:
     n_discard: int | None = None
 
     @property
-    def bounded(self) -> bool:
-        """Whether memory stays bounded however long the text is."""
-        return self.window is not None
-
-    @property
     def slides(self) -> bool:
         """Whether the horizon is a plain window, that is, moves with every token or never."""
         return self.n_discard is None
@@ -81,18 +76,14 @@ class Shift:
     n_discard: int
 
 
-def context_shift(
-    n_past: int, n_ctx: int, n_keep: int, n_discard: int = 0, n_prompt: int = 0, add_bos: bool = False
-) -> Shift | None:
+def context_shift(n_past: int, n_ctx: int, n_keep: int, n_discard: int = 0) -> Shift | None:
     """llama.cpp's arithmetic for one context shift.
 
     Args:
         n_past: tokens in the cache.
         n_ctx: slots in the cache.
-        n_keep: first tokens to keep; negative means the whole prompt.
+        n_keep: first tokens to keep.
         n_discard: tokens to drop; 0 means half of those not kept.
-        n_prompt: length of the prompt, for a negative `n_keep`.
-        add_bos: whether the tokenizer put a beginning-of-text token before the prompt.
 
     Returns:
         What to keep and drop, or `None` when the next token still fits.
@@ -102,8 +93,7 @@ def context_shift(
     """
     if n_past + 1 < n_ctx:
         return None
-    keep = n_prompt if n_keep < 0 else n_keep
-    keep = min(n_ctx - 4, keep + int(add_bos))
+    keep = min(n_ctx - 4, n_keep)
     left = n_past - keep
     discard = n_discard or left // 2
     return Shift(keep, min(max(discard, 0), max(0, left - 1)))

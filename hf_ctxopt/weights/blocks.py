@@ -6,6 +6,7 @@ codes. Numbers and sizes are those of ggml (`ggml.h`, `ggml-common.h`).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -66,7 +67,4 @@ def packed_columns(columns: int, type: str) -> int:
 
 def packed_bytes(shape: Sequence[int], type: str) -> int:
     """Bytes of a tensor of `shape` (..., columns) packed as `type`."""
-    total = packed_columns(shape[-1], type)
-    for size in shape[:-1]:
-        total *= size
-    return total
+    return packed_columns(shape[-1], type) * math.prod(shape[:-1])

@@ -16,7 +16,7 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ..errors import ConfigError, CorruptFileError, CtxoptError, UnsupportedModelError
+from ..errors import ConfigError, CorruptFileError, CtxoptError, UnsupportedModelError, first_line
 from .blocks import packed_columns
 from .gguf_file import GgufFile
 from .gguf_rope import FREQUENCIES
@@ -152,7 +152,7 @@ def describing(file: GgufFile) -> Iterator[None]:
     except torch.OutOfMemoryError:
         raise
     except _BAD as error:
-        reason = (str(error).strip().splitlines() or [""])[0] or type(error).__name__
+        reason = first_line(error)
         if isinstance(error, ValueError) and _UNKNOWN.search(reason):
             said = f"{file.header.path}: transformers cannot convert {file.architecture}: {reason}"
             raise UnsupportedModelError(said) from error

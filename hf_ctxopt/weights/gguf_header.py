@@ -6,6 +6,7 @@ Stricter than the `gguf` package's reader, which trusts counts and lengths; the 
 
 from __future__ import annotations
 
+import math
 import mmap
 import os
 from collections.abc import Mapping
@@ -144,10 +145,7 @@ def _place(cursor: Cursor, alignment: int) -> TensorPlace:
     if offset % alignment:
         cursor.fail(f"the tensor {name} is at {offset}, no multiple of the alignment {alignment}")
     row = sizes[0] // block * nbytes
-    total = row
-    for size in sizes[1:]:
-        total *= size
-    return TensorPlace(name, kind, tuple(reversed(sizes)), offset, total, row)
+    return TensorPlace(name, kind, tuple(reversed(sizes)), offset, row * math.prod(sizes[1:]), row)
 
 
 def _padded(offset: int, alignment: int) -> int:

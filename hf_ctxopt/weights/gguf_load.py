@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ..errors import ConfigError, CorruptFileError
+from ..errors import ConfigError, CorruptFileError, first_line
 from .codecs import decode
 from .config import GgufQuantConfig
 from .experts import experts_part
@@ -25,7 +25,7 @@ from .gguf_vocabulary import named_as_in
 from .mixes import MIXES
 from .precise import left_dense
 from .selection import is_embedding, is_linear
-from .sizes import meta_model
+from .shapes import meta_model
 from .upstream import reading_once
 
 logger = logging.getLogger(__name__)
@@ -88,9 +88,11 @@ def gguf_config(file: GgufFile) -> Any:
     Raises:
         UnsupportedModelError: an architecture that transformers cannot convert.
         CorruptFileError: metadata that describe no model, or another than the tensors are of.
+        CtxoptError: the package `gguf` is missing.
     """
     from transformers import AutoConfig
 
+    need_gguf()
     place = Path(file.header.path)
     check_metadata(file)
     refuse(file)
@@ -190,6 +192,6 @@ def _tokenizer(file: GgufFile) -> Any:
     try:
         read = AutoTokenizer.from_pretrained(place.parent, gguf_file=place.name, local_files_only=True)
         return named_as_in(file, read)
-    except (ValueError, KeyError, AttributeError, NotImplementedError, ImportError) as error:
-        logger.warning("%s: transformers cannot read its tokenizer: %s", place, error)
+    except Exception as error:  # `tokenizers` raises no type of its own for merges and tokens that do not agree
+        logger.warning("%s: transformers cannot read its tokenizer: %s", place, first_line(error))
         return None

@@ -72,9 +72,8 @@ def write_gguf(
     partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
     writer = gguf.GGUFWriter(partial, architecture)
     try:
-        writer.add_name(
-            str(getattr(config, "name_or_path", "") or "model")
-        )  # llama.cpp wants tokens of what is called phi3
+        # Not the architecture's name: llama.cpp wants certain tokens of what is called phi3.
+        writer.add_name(str(getattr(config, "name_or_path", "") or "model"))
         for key, value in {**metadata_of(config), **(metadata or {})}.items():
             _add(writer, key, value)
         if prepare is not None:

@@ -19,7 +19,7 @@ from .experts import GgufExperts, experts_part
 from .linear import GgufEmbedding, GgufLinear
 from .merging import guard_merging
 from .selection import replacement, types_of
-from .stored import method_of
+from .stored import is_packed, method_of
 from .told import tell
 
 logger = logging.getLogger(__name__)
@@ -139,8 +139,7 @@ def _stored(model: Any) -> GgufQuantConfig | None:
         return stored
     method, _ = method_of(stored)
     # transformers 5.24 leaves its mark of a .gguf file on models that it has unpacked, too.
-    packed = any(part.dim() > 1 and not part.is_floating_point() for part in model.parameters())
-    if packed or method not in (None, "gguf"):
+    if is_packed(model) or method not in (None, "gguf"):
         raise ConfigError("model", f"packed by {method}", "a dense model, or one that hf_ctxopt has packed")
     return None
 

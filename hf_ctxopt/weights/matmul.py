@@ -44,7 +44,8 @@ def gguf_matmul(x: Tensor, packed: Tensor, type: str) -> Tensor:
 
 def _matmul(rows: Tensor, packed: Tensor, type: str) -> Tensor:
     kernel = gguf_kernel(rows.device)
-    if kernel is not None and len(rows) <= GGUF_ROWS and not (torch.is_grad_enabled() and rows.requires_grad):
+    served = rows.shape[0] <= GGUF_ROWS and rows.dtype != torch.float64  # kernels sum in float32
+    if kernel is not None and served and not (torch.is_grad_enabled() and rows.requires_grad):
         return kernel(rows, packed, type)
     return decoded_matmul(rows, packed, type)
 
@@ -116,10 +117,11 @@ def _slabs(packed: Tensor, type: str, dtype: torch.dtype):  # type: ignore[no-un
 def _back(grad: Tensor, packed: Tensor, type: str) -> Tensor:
     """`grad` (rows, outputs) times the decoded weight."""
     row = block_type(type)
-    total = grad.new_zeros(len(grad), packed.shape[1] // row.nbytes * row.block)
+    wide = torch.promote_types(grad.dtype, torch.float32)  # hundreds of slabs: bfloat16 would round each sum
+    total = grad.new_zeros(len(grad), packed.shape[1] // row.nbytes * row.block, dtype=wide)
     for first, weight in _slabs(packed, type, grad.dtype):
         total += grad[:, first : first + len(weight)] @ weight
-    return total
+    return total.to(grad.dtype)
 
 
 class _Decoded(torch.autograd.Function):

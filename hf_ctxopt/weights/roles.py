@@ -59,8 +59,8 @@ _KEPT = re.compile(
 
 
 def _module(name: str) -> str:
-    """`name` less a final `.weight` and the expert's number."""
-    return re.sub(r"\.weight$", "", name)
+    """`name` less a final `.weight`."""
+    return name.removesuffix(".weight")
 
 
 @functools.lru_cache(4096)  # a plan asks for the same names over and over

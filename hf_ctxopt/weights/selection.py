@@ -18,7 +18,7 @@ from .linear import GgufEmbedding, GgufLinear
 from .mixes import MIXES, tensor_type
 from .precise import left_dense
 from .roles import Role, kept, role
-from .sizes import shape_of
+from .shapes import shape_of
 from .ties import tied_groups
 
 logger = logging.getLogger(__name__)

@@ -26,6 +26,11 @@ def stored_of(config: Any) -> Any:
     return own if own is not None else getattr(config.get_text_config(decoder=True), "quantization_config", None)
 
 
+def is_packed(model: Any) -> bool:
+    """Whether a matrix of a model that is loaded is stored as integers."""
+    return any(part.dim() > 1 and not part.is_floating_point() for part in model.parameters())
+
+
 def unpacking(config: Any) -> bool:
     """Have transformers unpack what is loaded with `config`, if its method allows that; else `False`."""
     stored = stored_of(config)

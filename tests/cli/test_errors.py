@@ -14,6 +14,8 @@ BAD = {
     "no such folder": (("-m", "/no/such/folder"), "model="),
     "folder without a model": (("-m", "{empty}"), "config.json"),
     "unknown hub id": (("-m", "nobody/nothing"), "cannot load model"),
+    "absent gguf, no Hub id": (("-m", "models/x.gguf"), "model='models/x.gguf'"),
+    "gguf named twice": (("-m", "{empty}/x.gguf", "--gguf-file", "x.gguf"), "gguf_file='x.gguf'"),
     "missing gguf": (("-m", "{folder}", "--gguf-file", "x.gguf"), "gguf_file="),
     "unknown cache": (("-m", "{folder}", "-c", "ctx_nothing"), "cache="),
     "option of another cache": (("-m", "{folder}", "-c", "dynamic", "--window", "8"), "window=8"),
@@ -47,6 +49,7 @@ def test_a_bench_that_could_not_write_does_not_begin(ctxopt: Ctxopt, folder: Pat
 @pytest.mark.parametrize("name", BAD)
 def test_one_clean_line(ctxopt: Ctxopt, folder: Path, tmp_path: Path, name: str) -> None:
     arguments, told = BAD[name]
+    (tmp_path / "x.gguf").write_bytes(b"GGUF")
     filled = [argument.format(folder=folder, empty=tmp_path) for argument in arguments]
     result = ctxopt("run", "a prompt of some length", *filled)
     assert result.code == 2

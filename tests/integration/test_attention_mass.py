@@ -10,6 +10,7 @@ import torch
 from hf_ctxopt.caches.options import PageOptions
 from hf_ctxopt.integration import attention_mass
 from hf_ctxopt.integration.attention_mass import Scored, outside, stored
+from hf_ctxopt.policies.sink_window import SinkWindow
 
 
 def known(probabilities: list[float]) -> Scored:
@@ -62,7 +63,7 @@ def test_pages_in_between_are_what_a_cache_gives_back() -> None:
     states, page = torch.randn(2, 100, 16), 16
     for part in "kv":
         for bits in (8, 4, 2):
-            codecs = PageOptions(page_size=page, kv_bits=bits).codecs(None)
+            codecs = PageOptions(page_size=page, kv_bits=bits).codecs(SinkWindow())
             assert codecs is not None
             found = stored(states, codecs, part, page)
             assert torch.equal(found[:, :page], states[:, :page])
@@ -76,7 +77,7 @@ def test_error_of_fewer_bits_is_the_change_of_the_output() -> None:
     call = Scored(torch.randn(2, 3, 16), torch.randn(1, 64, 16), torch.randn(1, 64, 16), 0.25)
     errors = []
     for bits in (16, 8, 4, 2):
-        codecs = PageOptions(page_size=16, kv_bits={"k": bits, "v": 8}).codecs(None)
+        codecs = PageOptions(page_size=16, kv_bits={"k": bits, "v": 8}).codecs(SinkWindow())
         assert codecs is not None
         errors.append(math.sqrt(call.error(codecs, 16)))
     assert errors == sorted(errors)

@@ -87,7 +87,7 @@ def overwrite(target: PageCache, source: PageCache, bits: Any) -> int:
     """Put into a cache of open pages what `source` holds, full pages decoded and encoded with `bits`; counts them."""
     count, options = 0, replace(source.options, kv_bits=bits)
     for mine, theirs in zip(target.groups, source.groups, strict=True):
-        codecs = options.codecs(None if theirs.policy.most_held is None else theirs.policy.sinks)
+        codecs = options.codecs(theirs.policy)
         assert codecs is not None
         size = theirs.page_size
         for own, row in zip(mine.rows, theirs.rows, strict=True):

@@ -247,7 +247,7 @@ def test_priorities_by_role_reach_the_pages(model: Any) -> None:
     session.send([SYSTEM, asked("one? " * 8)])
     store = hf_ctxopt.stores()["sessions"]
     ids = render(TOKENIZER, session.messages[:2], generate=True)
-    node = store.tree.match(store.tree.namespaces()[0], ids).node
+    node = store.tree.match(store.tree.roots()[0][0], ids).node
     worth = [priority for one in node.path() for priority in one.priorities]
     system = len(render(TOKENIZER, [SYSTEM]))
     assert worth[: -(-system // 8)] == [90] * -(-system // 8)

@@ -49,12 +49,11 @@ class Problem:
         self.mask = torch.rand(self.queries, sum(self.lengths), generator=draw) < 0.6
         self.mask[:, 0] = True
         self.sink_logits = torch.randn(self.heads, generator=draw)
-        self.segments, token = [], 0
+        self.segments = []
         for index, length in enumerate(self.lengths):
             turned = rotate(self.query, -50 * (index + 1), ROTARY) if index in self.turned else None
             keys, values = normal(self.kv_heads, length, 8), normal(self.kv_heads, length, self.value_dim)
-            self.segments.append(Segment(keys, values, token, turned))
-            token += length + 3
+            self.segments.append(Segment(keys, values, turned))
 
     def visible(self, mask: Tensor | None) -> Visible:
         """The callback of `attend` for a whole mask."""
@@ -153,6 +152,20 @@ def test_a_query_that_sees_nothing_gives_zeros_and_the_others_stay_right(
     problem.check(torch.zeros_like(mask), **special)
 
 
+@pytest.mark.parametrize("lengths", [(5, 1, 7), (13,)])
+def test_gradients_of_a_query_that_sees_nothing_are_zeros(lengths: tuple[int, ...]) -> None:
+    """Its sums were divided by the least float: a gradient above 3.4 overflowed, and all values' were NaN."""
+    problem = Problem(lengths=lengths)
+    problem.mask[1] = False
+    states = [problem.query, *(state for part in problem.segments for state in (part.keys, part.values))]
+    for state in states:
+        state.requires_grad_()
+    out = attend(problem.query, problem.segments, problem.visible(problem.mask), 0.3)
+    out.backward(torch.full_like(out, 100.0))
+    assert all(bool(state.grad.isfinite().all()) for state in states if state.grad is not None)
+    assert not problem.query.grad[:, 1].any()
+
+
 @DTYPES
 @pytest.mark.parametrize("turned", [(0,), (0, 2), (0, 1, 2)])
 @QUERIES
@@ -203,7 +216,7 @@ def test_how_a_text_is_cut_into_segments_does_not_matter() -> None:
     keys, values = whole.segments[0].keys, whole.segments[0].values
     expected = whole.check(whole.mask)
     for cuts in ([0, 13], [0, 1, 13], [0, 4, 5, 12, 13]):
-        parts = [Segment(keys[:, a:b], values[:, a:b], a) for a, b in zip(cuts, cuts[1:], strict=False)]
+        parts = [Segment(keys[:, a:b], values[:, a:b]) for a, b in zip(cuts, cuts[1:], strict=False)]
         out = attend(whole.query, parts, whole.visible(whole.mask), 8**-0.5)
         torch.testing.assert_close(out, expected, atol=1e-6, rtol=1e-6)
 
@@ -226,6 +239,6 @@ def test_strided_views_are_read_as_they_are() -> None:
     query = problem.query.transpose(0, 1).contiguous().transpose(0, 1)
     store_keys, store_values = torch.randn(2, 20, 8), torch.randn(2, 20, 8)
     store_keys[:, 7:12], store_values[:, 7:12] = problem.segments[0].keys, problem.segments[0].values
-    part = Segment(store_keys[:, 7:12], store_values[:, 7:12], 0)
+    part = Segment(store_keys[:, 7:12], store_values[:, 7:12])
     out = attend(query, [part], problem.visible(problem.mask), 8**-0.5)
     torch.testing.assert_close(out, expected, atol=1e-6, rtol=1e-6)

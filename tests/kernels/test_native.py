@@ -69,12 +69,12 @@ def problem(
     query = torch.randn(heads * groups, 1, dims[0], dtype=dtype)
     other = torch.randn_like(query) if turned else None
     inside = slice(skip, skip + tokens)
-    first = Segment(*(torch.randn(heads, page, dim, dtype=dtype) for dim in dims), 0, other)
+    first = Segment(*(torch.randn(heads, page, dim, dtype=dtype) for dim in dims), other)
     # Views as a step's new states are: the heads of a token lie side by side.
-    tail = Segment(*(torch.randn(7, heads, dim, dtype=dtype).transpose(0, 1) for dim in dims), page + tokens)
+    tail = Segment(*(torch.randn(7, heads, dim, dtype=dtype).transpose(0, 1) for dim in dims))
     sealed = SealedSegment(keys, values, skip, tokens, other)
-    plain = [Segment(part.keys.float(), part.values.float(), part.token, part.query) for part in (first, tail)]
-    middle = Segment(plain_keys[:, inside], plain_values[:, inside], page, other)
+    plain = [Segment(part.keys.float(), part.values.float(), part.query) for part in (first, tail)]
+    middle = Segment(plain_keys[:, inside], plain_values[:, inside], other)
     return query, [first, sealed, tail], [plain[0], middle, plain[1]]
 
 

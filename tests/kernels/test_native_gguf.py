@@ -95,6 +95,24 @@ def test_small_large_and_missing_activations(size: float) -> None:
 
 
 @needs_compiler
+@pytest.mark.parametrize("type", ["Q8_0", "Q4_1", "Q4_K", "Q6_K"])
+def test_no_factor_or_sum_overflows_where_no_product_does(type: str) -> None:
+    """Codes of zero, with the largest factors that there are, and activations near float32's end."""
+    row = BLOCKS[type]
+    packed = torch.zeros(2, row.nbytes, dtype=torch.uint8)
+    if type == "Q4_K":
+        packed[:, 4:16] = 255
+    if type == "Q6_K":  # codes are stored with 32 added
+        packed[:, 128:208] = torch.tensor([0xAA] * 64 + [127] * 16, dtype=torch.uint8)
+    at = 208 if type == "Q6_K" else 0
+    packed[:, at : at + 2] = torch.tensor([65504.0]).half().view(torch.uint8)
+    assert not decode(packed, type).any()
+    x = torch.full((1, row.block), 1e-3)
+    x[0, 3] = 3e38
+    assert torch.equal(gguf.matmul(x, packed, type), torch.zeros(1, 2))
+
+
+@needs_compiler
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_several_threads_and_other_dtypes(dtype: torch.dtype) -> None:
     packed = encode(torch.randn(301, 576), "Q5_0")

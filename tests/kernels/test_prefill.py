@@ -113,7 +113,7 @@ def test_they_equal_the_reference_that_asks_a_mask(history: int, queries: int, e
     softcap = 0.8 if extras in ("softcap", "both") else None
     logits = text.sink_logits if extras in ("sinks", "both") else None
     pieces = text.pieces([])
-    segments = [Segment(p.keys, p.values, p.offset + history, p.query) for p in pieces]
+    segments = [Segment(p.keys, p.values, p.query) for p in pieces]
     asked = attend(text.query, segments, lambda first, last: text.mask[first:last], 0.3, softcap, logits)
     got = attend_pieces(pieces, 0.3, softcap, logits)
     close(got, asked)

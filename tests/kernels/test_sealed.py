@@ -57,10 +57,10 @@ def test_attention_over_mixed_segments(
     inside = slice(skip, skip + count)
     tail = torch.randn(HEADS, 3, KEY_DIM, dtype=dtype), torch.randn(HEADS, 3, VALUE_DIM, dtype=dtype)
     query = torch.randn(HEADS * GROUPS, 1, KEY_DIM, dtype=dtype)
-    both = [SealedSegment(keys, values, skip, count), Segment(*tail, count)]
+    both = [SealedSegment(keys, values, skip, count), Segment(*tail)]
     plain = [
-        Segment(plain_keys[:, inside], plain_values[:, inside], 0),
-        Segment(tail[0].float(), tail[1].float(), count),
+        Segment(plain_keys[:, inside], plain_values[:, inside]),
+        Segment(tail[0].float(), tail[1].float()),
     ]
     with mock.patch.object(attention, "SCRATCH", scratch):
         found = attend(query, both, lambda *_: None, 0.3, **special)
@@ -74,5 +74,5 @@ def test_a_mask_hides_tokens_of_unpacked_pages() -> None:
     values, plain_values = part(8, False, VALUE_DIM)
     query, mask = torch.randn(HEADS * GROUPS, 1, KEY_DIM), torch.rand(1, PAGES * PAGE) > 0.5
     found = attend(query, [SealedSegment(keys, values, 0, PAGES * PAGE)], lambda *_: mask, 0.3)
-    expected = attend(query, [Segment(plain_keys, plain_values, 0)], lambda *_: mask, 0.3)
+    expected = attend(query, [Segment(plain_keys, plain_values)], lambda *_: mask, 0.3)
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)

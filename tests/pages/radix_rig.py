@@ -201,10 +201,10 @@ class Checked:
     def compare(self) -> None:
         """The accounting identity after each operation; the walk after each `every`-th."""
         tree, held = self.tree, sum(1 for count in self.locks.values() if count > 0)
-        assert tree.pages == tree.evictable_pages + tree.locked_pages == len(self.pages) == len(self.places)
+        assert tree.pages == len(self.pages) == len(self.places)
         assert tree.locked_pages == held
         assert tree.tokens == tree.resident_pages * self.size == tree.pages * self.size
-        assert set(tree.namespaces()) == {namespace for namespace, _ in self.pages}
+        assert {namespace for namespace, _ in tree.roots()} == {namespace for namespace, _ in self.pages}
         if self.operations % self.every == 0:
             self.walk()
 
@@ -213,7 +213,7 @@ class Checked:
         self.tree.check_integrity()
         seen = {}
         for node in self.tree.walk():
-            path = self.path((self.tree.namespace_of(node), tuple(node.text())), node.start // self.size)
+            path = self.path((node.namespace, tuple(node.text())), node.start // self.size)
             for index, (place, item) in enumerate(zip(path, node.items, strict=True)):
                 page = self.pages[place]
                 worth = page.priority

@@ -66,9 +66,9 @@ def test_an_emptied_namespace_is_forgotten() -> None:
     for salt in range(100):
         tree.match(("salt", salt), [1, 2, 3])
         tree.insert(("salt", salt), [], [])
-        assert tree.namespaces() == []
+        assert tree.roots() == []
         node = tree.insert(("salt", salt), [1, 2], [0]).node
-        assert (tree.namespaces(), tree.namespace_of(node)) == ([("salt", salt)], ("salt", salt))
+        assert [space for space, _ in tree.roots()] == [node.namespace] == [("salt", salt)]
         tree.evict(1)
     assert not tree._roots
     tree.check_integrity()

@@ -69,13 +69,11 @@ def test_stretches_are_cut_at_sinks_lower_bound_length_and_gaps_in_the_pool() ->
         Stretch(slot=45, token=9, length=7),  # pages 11 and 12 as one, from the lower bound on
         Stretch(slot=12, token=16, length=2),  # the tail
     ]
-    assert row.stretches(4, sinks=3, stop=12) == [Stretch(40, 0, 3), Stretch(45, 9, 3)]
 
 
 def test_nothing_is_cut_out_before_the_first_eviction() -> None:
     row = row_of((0, 10), (1, 11), length=6)
     assert row.stretches(4, sinks=3) == [Stretch(slot=40, token=0, length=6)]
-    assert row.stretches(4, sinks=3, stop=0) == []
 
 
 def test_a_copy_shares_nothing_that_can_change() -> None:

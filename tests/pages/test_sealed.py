@@ -24,7 +24,7 @@ class Lengths:
     """One bf16 layer that is fed random states; says how many bits it holds for each value of the text."""
 
     def __init__(self, bits: int, head_dim: int, expected: int | None) -> None:
-        codecs = PageOptions(kv_bits=bits).codecs(None)
+        codecs = PageOptions(kv_bits=bits).codecs(SinkWindow())
         self.group = LayerGroup([0], KEEP_ALL, 32, Budget(), expected=expected, codecs=codecs)
         context = CacheContext(SimpleNamespace(_attn_implementation=ATTENTION))
         self.layer, self.head_dim, self.tokens = PageLayer(self.group, 0, context, None, False), head_dim, 0
@@ -106,7 +106,7 @@ def test_a_budget_counts_both_kinds() -> None:
 def test_a_budget_in_bytes_holds_more_tokens_of_fewer_bits() -> None:
     held = {}
     for bits in (16, 8, 4):
-        codecs = PageOptions(kv_bits=bits).codecs(None)
+        codecs = PageOptions(kv_bits=bits).codecs(SinkWindow())
         group = LayerGroup([0], KEEP_ALL, 32, Budget("100KB"), codecs=codecs)
         layer = PageLayer(group, 0, CacheContext(SimpleNamespace(_attn_implementation=ATTENTION)), None, False)
         states = torch.randn(1, 1, 32, 64, dtype=torch.bfloat16)

@@ -23,8 +23,8 @@ from hf_ctxopt.planner.schemes import SCHEMES, weight_bytes
 from hf_ctxopt.planner.search import plan
 from hf_ctxopt.planner.speed import token_ms
 from hf_ctxopt.weights.in_memory import quantize_
-from hf_ctxopt.weights.sizes import size_of
 from tests.planner.models import GIB, KNOWN, facts
+from tests.weights.file_sizes import size_of
 
 CACHE = generate_argument()
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"

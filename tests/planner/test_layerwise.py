@@ -11,8 +11,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import hf_ctxopt
 from hf_ctxopt.caches.options import PageOptions
 from hf_ctxopt.integration.chunking import affordable
-from hf_ctxopt.planner.facts import LayerShape, facts_of
+from hf_ctxopt.planner.facts import facts_of
 from hf_ctxopt.planner.footprint import KvLayout
+from hf_ctxopt.planner.layers import LayerShape
 from hf_ctxopt.planner.schemes import weight_bytes
 from hf_ctxopt.planner.search import plan
 

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from hf_ctxopt import ConfigError, CtxoptError, DoesNotFitError, Plan, UnsupportedModelError, plan
-from hf_ctxopt.planner.facts import LayerShape, facts_of
+from hf_ctxopt.planner.facts import facts_of
+from hf_ctxopt.planner.layers import LayerShape
 
 LLAMA = {
     "model_type": "llama", "vocab_size": 32000, "hidden_size": 2048, "intermediate_size": 5632,

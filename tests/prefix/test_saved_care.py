@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import hf_ctxopt
-from hf_ctxopt.caches import slot, store_file
+from hf_ctxopt.caches import saved_texts, slot, store_file
 from hf_ctxopt.errors import CorruptFileError
 from hf_ctxopt.pages import snapshot
 from tests.families import build
@@ -78,7 +78,7 @@ def test_a_long_chain_of_nodes_takes_no_squared_memory(tmp_path: Path) -> None:
     model, count, file = build("llama"), 12_000, tmp_path / "chain.kv"
     say(model, draw(20, 1), {"page_size": 1})
     node = {"namespace": [["model", "x"], ["salt", ""]], "pages": 1, "priorities": [35], "durations": [None]}
-    body = {"name": store_file._NAME, "layout": store().description, "page_size": 1, "shapes": {},
+    body = {"name": saved_texts.NAME, "layout": store().description, "page_size": 1, "shapes": {},
             "kinds": ["o" * count], "nodes": [{**node, "parent": at - 1} for at in range(count)]}  # fmt: skip
     snapshot.write(file, {"tokens": torch.zeros(count, dtype=torch.int64)}, body)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

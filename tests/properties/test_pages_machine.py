@@ -17,6 +17,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from hf_ctxopt.caches.dense import dense_states
 from hf_ctxopt.errors import CacheFullError, ConfigError, InterruptedStepError
 from hf_ctxopt.pages.plan import StepPlan
 from hf_ctxopt.pages.pool import PagePool
@@ -315,7 +316,7 @@ class GroupMachine(RuleBasedStateMachine):
         """What the step's own queries read, on both routes: with equal scores, attention is the mean of the values."""
         device_query = torch.zeros(len(self.rows), 1, queries, 1)
         mean = view.attend(device_query, None, 1.0, None, None)
-        dense_keys, _ = view.dense()
+        dense_keys, _ = dense_states(view)
         for index, (_, history) in enumerate(self.rows):
             first = len(history) - min(queries, len(history))
             for token in range(max(first, len(history) - 3), len(history)):  # the last three tell as much as all

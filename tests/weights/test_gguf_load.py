@@ -10,13 +10,14 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
+from hf_ctxopt.cli.models import load_model
 from hf_ctxopt.errors import ConfigError, CorruptFileError, UnsupportedModelError
 from hf_ctxopt.weights.codecs import encode
 from hf_ctxopt.weights.experts import GgufExperts
 from hf_ctxopt.weights.gguf_file import GgufFile
 from hf_ctxopt.weights.gguf_load import gguf_config, load_gguf
 from hf_ctxopt.weights.linear import GgufEmbedding, GgufLinear
-from hf_ctxopt.weights.sizes import meta_model
+from hf_ctxopt.weights.shapes import meta_model
 from tests.weights.test_gguf_names import SMALL, write
 
 IDS = torch.arange(2, 30).view(2, -1)
@@ -223,6 +224,8 @@ def test_encoder_decoders(tied: bool, tmp_path: Path) -> None:
         want = dense(input_ids=IDS, decoder_input_ids=IDS[:, :5]).logits
         got = model(input_ids=IDS, decoder_input_ids=IDS[:, :5]).logits
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+    with pytest.raises(UnsupportedModelError, match="encoder-decoder"):
+        load_model(str(tmp_path / "a.gguf"))
 
 
 def test_no_language_model(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from hf_ctxopt.weights.gguf_file import GgufFile
 from hf_ctxopt.weights.gguf_names import named_tensors
 from hf_ctxopt.weights.gguf_types import TENSOR_TYPES
 from hf_ctxopt.weights.row_orders import halves_to_rotary, rotary_to_halves
-from hf_ctxopt.weights.sizes import meta_model
+from hf_ctxopt.weights.shapes import meta_model
 
 
 def test_tensor_types_agree_with_gguf():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import sys
 from pathlib import Path
 
 import gguf
@@ -131,6 +132,23 @@ def test_the_command_line_leaves_the_blocks_packed(tmp_path: Path) -> None:
     bare = hf_ctxopt.save_gguf(model, tmp_path / "bare.gguf")
     with pytest.raises(CtxoptError, match="tokenizer"):
         load_model(str(bare), device="cpu")
+
+
+def test_a_tokenizer_that_contradicts_itself_or_cannot_be_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`tokenizers` raises a bare Exception; planning a file without the package `gguf` ended in an ImportError."""
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("qwen2", **{**SMALL, "vocab_size": 400}))
+    path = hf_ctxopt.save_gguf(model, tmp_path / "a.gguf", trained(byte_level=True))
+    merge = GgufFile(path).metadata["tokenizer.ggml.merges"][0].encode()
+    path.write_bytes(path.read_bytes().replace(merge, b"~" * (len(merge) - 2) + b" ~"))
+    assert hf_ctxopt.load_gguf(path)[1] is None
+    with pytest.raises(CtxoptError, match="tokenizer"):
+        load_model(str(path), device="cpu")
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    for read in (hf_ctxopt.load_gguf, lambda path: hf_ctxopt.plan(path, vram="8GiB")):
+        with pytest.raises(CtxoptError, match="pip install"):
+            read(path)
 
 
 @pytest.mark.real

@@ -13,7 +13,7 @@ from hf_ctxopt.weights.gguf_file import GgufFile
 from hf_ctxopt.weights.gguf_names import named_tensors
 from hf_ctxopt.weights.gguf_write import Weight, write_gguf
 from hf_ctxopt.weights.mixes import tensor_type
-from hf_ctxopt.weights.sizes import meta_model, shape_of
+from hf_ctxopt.weights.shapes import meta_model, shape_of
 
 SMALL = {
     "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 8,

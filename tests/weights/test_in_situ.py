@@ -9,10 +9,9 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, OlmoConfig, OlmoForCausalLM
 
 import hf_ctxopt
-from hf_ctxopt.weights import in_memory
+from hf_ctxopt.weights import in_memory, matmul
 from hf_ctxopt.weights.codecs import decode, encode, encode_searched
 from hf_ctxopt.weights.linear import GgufEmbedding, GgufLinear
-from hf_ctxopt.weights.matmul import decoded_matmul
 from hf_ctxopt.weights.pack_op import PackOp
 from hf_ctxopt.weights.quantizer import GgufQuantizer
 from hf_ctxopt.weights.selection import expect_
@@ -185,8 +184,26 @@ def test_bad_rules_are_refused_at_once(options: dict[str, object]) -> None:
 def test_gradient_passes_a_packed_weight() -> None:
     packed = encode(torch.randn(8, 64), "Q8_0")
     x = torch.randn(3, 64, requires_grad=True)
-    decoded_matmul(x, packed, "Q8_0").sum().backward()
+    matmul.decoded_matmul(x, packed, "Q8_0").sum().backward()
     torch.testing.assert_close(x.grad, decode(packed, "Q8_0").sum(0).expand(3, -1))
+
+
+def test_gradient_of_many_slabs_is_summed_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was rounded to bfloat16 after each slab: six times the error of one product over 64 of them."""
+    monkeypatch.setattr(matmul, "SLAB_CPU", 64)
+    torch.manual_seed(0)
+    packed, grad = encode(torch.randn(256, 64), "Q8_0"), torch.randn(4, 256).bfloat16()
+    x = torch.randn(4, 64, dtype=torch.bfloat16, requires_grad=True)
+    matmul.gguf_matmul(x, packed, "Q8_0").backward(grad)
+    want = grad.double() @ decode(packed, "Q8_0", torch.bfloat16).double()
+    assert x.grad.dtype == torch.bfloat16
+    assert float((x.grad - want).norm() / want.norm()) < 0.005
+
+
+def test_float64_is_not_rounded_to_float32() -> None:
+    packed, x = encode(torch.randn(8, 64), "Q8_0"), torch.randn(2, 64, dtype=torch.float64)
+    want = x @ decode(packed, "Q8_0", torch.float64).T
+    torch.testing.assert_close(matmul.gguf_matmul(x, packed, "Q8_0"), want, rtol=0.0, atol=1e-12)
 
 
 def test_flat_types_are_searched() -> None:

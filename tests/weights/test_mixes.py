@@ -8,7 +8,8 @@ from transformers import AutoConfig, GPT2Config, LlamaConfig, MistralConfig, Phi
 from hf_ctxopt.errors import ConfigError
 from hf_ctxopt.weights.mixes import MIXES, Shape, fitting_type, more_bits, tensor_type
 from hf_ctxopt.weights.roles import Role, kept, role
-from hf_ctxopt.weights.sizes import meta_model, shape_of, size_of, weights_of
+from hf_ctxopt.weights.shapes import meta_model, shape_of, weights_of
+from tests.weights.file_sizes import size_of
 
 LLAMA2 = LlamaConfig(
     hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32, vocab_size=32000

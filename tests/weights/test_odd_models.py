@@ -38,7 +38,7 @@ from hf_ctxopt.weights.linear import GgufEmbedding, GgufLinear
 from hf_ctxopt.weights.matmul import gguf_matmul
 from hf_ctxopt.weights.roles import kept
 from hf_ctxopt.weights.selection import Choice, is_embedding, replacement, types_of
-from hf_ctxopt.weights.sizes import weights_of
+from hf_ctxopt.weights.shapes import weights_of
 from tests.weights.test_gguf_names import SMALL, write
 
 IDS = torch.arange(3, 15).view(1, -1)

@@ -26,7 +26,7 @@ _OPEN_PAGE = 128  # tokens of open pages lie side by side: any number serves as 
 
 
 @dataclass(frozen=True)
-class Pages:
+class AllPages:
     """All pages of a layer, where a step names the tokens that it reads by their places in them.
 
     Args:
@@ -40,7 +40,7 @@ class Pages:
     sealed: tuple[SealedTokens, SealedTokens]
 
 
-Piece = tuple[bool, int, int]
+Place = tuple[bool, int, int]
 """Neighbouring tokens: whether in sealed pages, the first one's slot among those or the open ones, how many."""
 
 
@@ -67,9 +67,9 @@ def serves(query: Tensor, segments: Sequence[Segment | SealedSegment]) -> bool:
     return _meant(query, segments) and why_not(query, segments) is None
 
 
-def serves_pages(query: Tensor, pages: Pages, pieces: Sequence[Piece]) -> bool:
+def serves_pages(query: Tensor, pages: AllPages, places: Sequence[Place]) -> bool:
     """`serves`, for tokens named by their places."""
-    if not _one_row(query) or sum(tokens for sealed, _, tokens in pieces if sealed) < FEWEST:
+    if not _one_row(query) or sum(tokens for sealed, _, tokens in places if sealed) < FEWEST:
         return False
     both = ((pages.keys, 16), (pages.values, 16), *((part.codes, part.bits) for part in pages.sealed))
     if not all(_served(*part) for part in both):
@@ -135,20 +135,20 @@ def attend(
 
 def attend_pages(
     query: Tensor,
-    pages: Pages,
-    pieces: Sequence[Piece],
+    pages: AllPages,
+    places: Sequence[Place],
     scaling: float,
     softcap: float | None,
     sink_logits: Tensor | None,
 ) -> Tensor:
-    """See `kernels.attention.attend`, for one query that sees all tokens of the pieces: no view of any is made."""
+    """See `kernels.attention.attend`, for one query that sees all tokens of the places: no view of any is made."""
     asked = query.to(torch.float32).contiguous()
     opened = tuple(_open(states.flatten(1, 2)) for states in (pages.keys, pages.values))
     closed = tuple(_sealed(part) for part in pages.sealed)
     size = pages.sealed[0].codes.shape[2]
     steps = [(part.codes.stride(1) * part.codes.element_size(), 2 * part.scales.stride(1)) for part in pages.sealed]
     numbers: list[int] = []
-    for sealed, slot, tokens in pieces:
+    for sealed, slot, tokens in places:
         if sealed:
             page, skip = divmod(slot, size)
             for (codes, scales, *rest), (step, scale_step) in zip(closed, steps, strict=True):

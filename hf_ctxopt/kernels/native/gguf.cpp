@@ -1,8 +1,9 @@
 // A few rows of activations times a weight in GGUF blocks, on a CPU; see `gguf.py`.
 //
 // Products are of whole numbers: the codes of 32 neighbouring weights with as many activations, which are rounded to
-// twice 16 bits of their largest and so keep what float32 has of them. Activations that are not finite meet decoded
-// weights, in float32. Layouts: ggml `ggml-common.h` (`block_q4_0`, `block_q4_K` and their like).
+// twice 16 bits of their largest and so keep what float32 has of them. Activations that are not finite, or too small or
+// too large for that, meet decoded weights, in float32. Layouts: ggml `ggml-common.h` (`block_q4_0`, `block_q4_K` and
+// their like).
 
 #include <algorithm>
 #include <cfloat>
@@ -75,7 +76,7 @@ inline Codes sixteens(uint32_t bits) {
   return (Codes)_mm256_maskz_set1_epi8(bits, 16);
 #else
   uint64_t each[4], which[4];
-  for (int i = 0; i < 4; i++) each[i] = (bits >> 8 * i & 255) * 0x0101010101010101, which[i] = 0x8040201008040201;
+  for (int i = 0; i < 4; i++) each[i] = (bits >> 8 * i & 255) * 0x0101010101010101u, which[i] = 0x8040201008040201;
   return (Codes)((take<Codes>(each) & take<Codes>(which)) != 0) & 16;
 #endif
 }
@@ -171,6 +172,7 @@ void plain(const float *x, const uint8_t *packed, int64_t columns, int64_t outpu
 }
 
 constexpr float FINER = 65534;  // parts of a unit of `high` in `low`
+constexpr float MOST = 1e25f;   // of which the largest factor and offset, 65504 * 128 times, are finite
 
 // Rows of activations as `scale * (high + low / FINER)`, 32 to a scale.
 struct Rounded {
@@ -190,7 +192,7 @@ inline void store(Float whole, int16_t *to) {
   std::memcpy(to, &words, sizeof(words));
 }
 
-// False if 32 activations are not finite, or their sum, or too small for a scale.
+// False if 32 activations are not finite, or too large for products, or too small for a scale.
 bool rounded(const float *x, int64_t count, Rounded &found) {
   static thread_local std::vector<int16_t> high, low;
   static thread_local std::vector<float> scales, pairs, sums;
@@ -203,7 +205,7 @@ bool rounded(const float *x, int64_t count, Rounded &found) {
       most = positive > most ? positive : most;
       size += positive;
     }
-    if (!(total(size) <= FLT_MAX)) return false;
+    if (!(total(size) <= MOST)) return false;
     float largest = 0;
     for (int i = 0; i < LANES; i++) largest = std::max(largest, most[i]);
     const float scale = largest / 32767;

@@ -43,7 +43,7 @@ def matmul(x: Tensor, packed: Tensor, type: str) -> Tensor:
         type: block type.
 
     Returns:
-        (rows, outputs) in x's dtype; products are those of float32 to a rounding of 2^-24 of the largest of 32
+        (rows, outputs) in x's dtype; products are those of float32 to a rounding of 2^-23 of the largest of 32
         activations, sums are float32.
 
     Raises:

@@ -13,7 +13,7 @@ import transformers
 
 import hf_ctxopt
 from hf_ctxopt import UnsupportedModelError
-from hf_ctxopt.readers import READERS, SPLITTERS, check_reads
+from hf_ctxopt.models.readers import READERS, SPLITTERS, check_reads
 from tests.families import VOCAB, build
 
 IDS = torch.randint(2, VOCAB, (1, 9), generator=torch.Generator().manual_seed(3))

@@ -1,4 +1,4 @@
-"""Bytes of a model's weights under a mix, from its config alone."""
+"""The shapes of a model's weights, and what the mixes' rules look at, from its config alone."""
 
 from __future__ import annotations
 
@@ -8,11 +8,8 @@ from typing import Any
 from torch import nn
 
 from ..errors import UnsupportedModelError
-from ..layerwise import largest
-from .blocks import packed_bytes
-from .mixes import Shape, tensor_type
-
-F16_BYTES, F32_BYTES = 2, 4
+from ..models.layerwise import largest
+from .mixes import Shape
 
 
 def shape_of(config: Any) -> Shape:
@@ -64,38 +61,3 @@ def weights_of(model: nn.Module) -> Iterator[tuple[str, Sequence[int]]]:
     for name, parameter in model.named_parameters():
         shape = tuple(parameter.shape)
         yield name, shape[::-1] if id(parameter) in transposed else shape
-
-
-def size_of(model: Any, mix: str) -> int:
-    """Bytes of the weights packed as `mix`, as a `.gguf` file holds them: kept tensors in float32, columns that no
-    block fits in float16, a tied head once.
-
-    Args:
-        model: a transformers config, or a model (one on the meta device will do).
-        mix: key of `MIXES`.
-
-    Raises:
-        ConfigError: unknown mix.
-    """
-    module = model if isinstance(model, nn.Module) else meta_model(model)
-    shape = shape_of(module.config)
-    total = 0
-    for name, size in weights_of(module):
-        kind = tensor_type(name, size, mix, shape)
-        if kind is not None:
-            total += packed_bytes(size, kind)
-        else:
-            total += _numel(size) * (F16_BYTES if _matrix_without_block(name, size, mix, shape) else F32_BYTES)
-    return total
-
-
-def _numel(size: Sequence[int]) -> int:
-    total = 1
-    for part in size:
-        total *= part
-    return total
-
-
-def _matrix_without_block(name: str, size: Sequence[int], mix: str, shape: Shape) -> bool:
-    """Whether only the columns keep a matrix from being packed."""
-    return len(size) >= 2 and tensor_type(name, (*size[:-1], 256), mix, shape) is not None

@@ -1,14 +1,14 @@
 """Models that read or change the tensors in their cache's layers themselves, instead of asking `Cache.update`.
 
 Pages have no such tensors. transformers' models are many and mostly read what `update` returns; those that do not are
-listed here, by what their `model_type` begins with. `tests/integration/test_readers.py` looks for new ones.
+listed here, by what their `model_type` begins with. `tests/models/test_readers.py` looks for new ones.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from .errors import UnsupportedModelError
+from ..errors import UnsupportedModelError
 
 READERS = {
     "diffusion_gemma": "its decoder reads keys and values from the cache's layers and stores none",
