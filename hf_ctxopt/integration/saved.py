@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..caches.prefix import PrefixCache
 from ..caches.store import PrefixStore
 from ..caches.store_file import load, save
-from ..caches.stores import store_named, stores
+from ..caches.stores import drop_store, store_named, stores
 from ..errors import ConfigError
 from .build import make_cache, unwrap
 from .fingerprint import fingerprint
@@ -51,17 +51,21 @@ def load_store(path: str | Path, model: nn.Module, store: str, **options: Any) -
 
     Raises:
         CorruptFileError: the file is damaged, truncated, of another model or layout, or larger than the budget. It is
-            refused before memory is taken.
+            refused before memory is taken, and leaves no store behind that was not there.
         ConfigError: see `make_cache`.
     """
     inner: Any = unwrap(model)
+    known, taken = store in stores(), None
     cache = make_cache(model, "ctx_prefix", store=store, **options)
     if not isinstance(cache, PrefixCache):
         raise ConfigError("store", store, "the name of a prefix store")
     try:
-        return load(cache.store, path, fingerprint(inner), cache.groups, lambda layer: _like(inner, layer))
+        taken = load(cache.store, path, fingerprint(inner), cache.groups, lambda layer: _like(inner, layer))
+        return taken
     finally:
         cache.release()
+        if taken is None and not known:
+            drop_store(store)
 
 
 def _like(model: Any, layer: int) -> Tensor:

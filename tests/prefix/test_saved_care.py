@@ -67,6 +67,7 @@ def test_content_that_no_store_has_is_refused(tmp_path: Path, harm: Any) -> None
     if found.body["kinds"] != kinds:  # tensors for pages of that kind are not missed
         tensors = {"tokens": tensors["tokens"]}
     snapshot.write(file, tensors, found.body)
+    hf_ctxopt.make_cache(model, "ctx_prefix", store=STORE, page_size=8).release()
     with pytest.raises(CorruptFileError):
         hf_ctxopt.load_store(file, model, STORE, page_size=8)
     store().check_integrity()
